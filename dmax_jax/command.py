@@ -1,0 +1,37 @@
+"""What every command shares: parsing flags, `--help`, and one line with exit code 2 for what the user can remedy."""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from dmax_jax.errors import InputError
+
+
+def run(main: Callable[[], None], flag_values: flags.FlagValues, doc: str, argv: Sequence[str] | None = None) -> None:
+    """Parses `argv` (default: the process's own) into `flag_values`, then calls `main`.
+
+    Raises SystemExit(2) after one line on stderr for bad flags, InputError and OSError, SystemExit(130) after Ctrl-C.
+    Flags live in a FlagValues of their own per command, so that several commands can be imported into one process.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    if {"--help", "-h", "--helpfull"} & set(argv[1:]):
+        described = flag_values.get_help(include_special_flags=False).split("\n", 1)[-1]  # drops the module's line
+        print(f"{inspect.cleandoc(doc)}\n\nFlags:\n{described}")
+        return
+    try:
+        flag_values.unparse_flags()
+        for name in flag_values:
+            flag_values[name].unparse()
+        rest = flag_values(argv)[1:]
+        if rest:
+            raise InputError(f"unexpected argument {rest[0]!r}; options are written --name=value (see --help)")
+        main()
+    except (InputError, OSError, flags.Error) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+

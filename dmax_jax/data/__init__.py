@@ -1,0 +1,1 @@
+"""Tokenizer and chat template, training examples, the input pipeline, and tasks that generate their own data."""

@@ -1,0 +1,45 @@
+"""The block under refinement, and what every method reads from a forward's logits."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class Block:
+    """One block per row. `active_BW` marks the positions that were masked at entry; it never changes."""
+
+    tokens_BW: jax.Array
+    active_BW: jax.Array
+    embeddings_BWD: jax.Array  # input of the next forward
+    step_B: jax.Array  # forwards spent on the block
+    stopped_B: jax.Array  # the method's own stop rule
+    credit_BWV: jax.Array | None = None  # of the credit method
+
+
+def enter_block(tokens_BW: jax.Array, embed, mask_id: int, credit_BWV: jax.Array | None = None) -> Block:
+    """A fresh block: hard embeddings, nothing decoded."""
+    none_B = jnp.zeros(tokens_BW.shape[0], jnp.int32)
+    credit_BWV = None if credit_BWV is None else jnp.zeros_like(credit_BWV)
+    return Block(tokens_BW, tokens_BW == mask_id, embed(tokens_BW), none_B, none_B > 0, credit_BWV)
+
+
+def freeze(frozen_B: jax.Array, old, new):
+    """`new`, with the rows in `frozen_B` as they are in `old`; both are pytrees of arrays whose first axis is B."""
+
+    def keep(old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
+        return jnp.where(frozen_B.reshape(frozen_B.shape + (1,) * (new_leaf.ndim - 1)), old_leaf, new_leaf)
+
+    return jax.tree.map(keep, old, new)
+
+
+def predict_tokens(logits_BWV: jax.Array, temperature: float, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns tokens [B, W] (lowest index on ties) and their probability at temperature 1 [B, W], in float32."""
+    logits_BWV = logits_BWV.astype(jnp.float32)
+    if temperature == 0:
+        tokens_BW = jnp.argmax(logits_BWV, axis=-1)
+    else:
+        tokens_BW = jax.vmap(jax.random.categorical)(keys_B, logits_BWV / temperature)
+    chosen_BW = jnp.take_along_axis(logits_BWV, tokens_BW[:, :, None], axis=-1)[:, :, 0]
+    confidence_BW = jnp.exp(chosen_BW - jax.nn.logsumexp(logits_BWV, axis=-1))
+    return tokens_BW.astype(jnp.int32), confidence_BW

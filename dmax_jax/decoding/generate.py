@@ -1,0 +1,172 @@
+"""The whole generation of a batch as one function: prefill, then one loop of forwards over all rows."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dmax_jax.config import ModelConfig
+from dmax_jax.decoding.baselines import credit_step, hierarchical_step, threshold_step
+from dmax_jax.decoding.block import Block, enter_block
+from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
+from dmax_jax.decoding.rows import Rows, Trace, leave_blocks, slice_rows
+from dmax_jax.decoding.spd import spd_step
+from dmax_jax.model.cache import empty_cache, write_cache
+from dmax_jax.model.masks import block_causal_mask
+from dmax_jax.model.params import Params
+from dmax_jax.model.transformer import embed, transformer, unembed
+
+STEPS = {
+    SpdPolicy: spd_step,
+    ThresholdPolicy: threshold_step,
+    HierarchicalPolicy: hierarchical_step,
+    CreditPolicy: credit_step,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Static sizes of a generation: prefilled positions Q (a multiple of the block length) and block counts."""
+
+    prefill: int
+    block_length: int
+    blocks: int  # that a row may decode, its prompt's tail included
+
+    @property
+    def total(self) -> int:
+        return self.prefill + self.blocks * self.block_length
+
+
+@struct.dataclass
+class Generation:
+    tokens_BT: jax.Array
+    total_B: jax.Array  # length of each row: its prompt and answer in whole blocks
+    forwards_B: jax.Array  # forwards over blocks; the prefill is not counted
+    trace: Trace | None
+
+
+@functools.partial(jax.jit, static_argnames=("geometry", "config", "trace"))
+def generate(
+    params: Params,
+    prompt_BP: jax.Array,
+    length_B: jax.Array,
+    keys_B: jax.Array,
+    *,
+    gen_length: int | jax.Array,
+    geometry: Geometry,
+    policy: Policy,
+    config: ModelConfig,
+    mask_id: int | jax.Array,
+    eos_id: int | jax.Array,
+    trace: bool = False,
+) -> Generation:
+    """Decodes every row's answer of `gen_length` tokens, rounded up to whole blocks (paper, section 3.3).
+
+    `prompt_BP` is padded to P = geometry.prefill + block_length; a row of length 0 is padding and decodes nothing. The
+    outcome of a row depends on its own prompt and key alone.
+    """
+
+    def step(rows: Rows, commit: bool) -> Rows:
+        logits_BWV, rows = forward_blocks(params, rows, config, commit=commit)
+        return decode_step(rows, logits_BWV, keys_B, functools.partial(embed, params), policy, mask_id, eos_id)
+
+    def must_commit(rows: Rows) -> jax.Array:
+        return jnp.any(rows.uncached_B & ~rows.done_B)
+
+    def unfinished(rows: Rows) -> jax.Array:
+        return ~jnp.all(rows.done_B)
+
+    def refine_until_one_leaves(rows: Rows) -> Rows:
+        rows = step(rows, commit=True)
+        return jax.lax.while_loop(
+            lambda rows: unfinished(rows) & ~must_commit(rows), functools.partial(step, commit=False), rows
+        )
+
+    rows = prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, mask_id, trace)
+    rows = jax.lax.while_loop(unfinished, refine_until_one_leaves, rows)
+    return Generation(rows.tokens_BT, rows.end_B, rows.forwards_B, rows.trace)
+
+
+def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, mask_id, trace) -> Rows:
+    """Caches the whole blocks of every prompt in one forward and enters the block that holds the prompt's tail."""
+    B, P = prompt_BP.shape
+    Q, W, T = geometry.prefill, geometry.block_length, geometry.total
+    tokens_BT = jnp.pad(prompt_BP, ((0, 0), (0, T - P)))
+    tokens_BT = jnp.where(jnp.arange(T)[None] < length_B[:, None], tokens_BT, mask_id)
+    cache = empty_cache(config, B, T, params.embed.dtype)
+    if Q:
+        x_BQD, positions = embed(params, tokens_BT[:, :Q]), jnp.arange(Q)[None]
+        kv = transformer(params, x_BQD, positions, block_causal_mask(Q, W), config).kv
+        cache = write_cache(cache, kv, jnp.zeros_like(length_B), jnp.ones_like(length_B, bool))
+    start_B = length_B // W * W
+    credit_BWV = jnp.zeros((B, W, config.vocab_size)) if isinstance(policy, CreditPolicy) else None
+    none_B = jnp.zeros_like(length_B)
+    F = geometry.blocks * W
+    return Rows(
+        tokens_BT=tokens_BT,
+        block=enter_block(slice_rows(tokens_BT, start_B, W), functools.partial(embed, params), mask_id, credit_BWV),
+        start_B=start_B,
+        end_B=-(-(length_B + gen_length) // W) * W,
+        uncached_B=none_B > 0,
+        forwards_B=none_B,
+        done_B=length_B == 0,
+        cache=cache,
+        trace=Trace(jnp.zeros((B, F), jnp.int32), jnp.zeros((B, F, W), jnp.int32), jnp.zeros((B, F), bool))
+        if trace
+        else None,
+    )
+
+
+def forward_blocks(params: Params, rows: Rows, config: ModelConfig, *, commit: bool) -> tuple[jax.Array, Rows]:
+    """Logits [B, W, V] of every row's block, which sees all earlier blocks.
+
+    With `commit` the forward also carries the block before it, from its final hard tokens, and writes its keys and
+    values into the cache: committing a finished block costs no forward of its own.
+    """
+    B, W = rows.block.tokens_BW.shape
+    own_BW = rows.start_B[:, None] + jnp.arange(W)[None]
+    x_BTD, positions_BT = rows.block.embeddings_BWD, own_BW
+    pending_B = rows.uncached_B & ~rows.done_B
+    cached_B = rows.start_B - jnp.where(pending_B, W, 0)
+    S = rows.cache[0].k_BSKH.shape[1]
+    seen_B1S = (jnp.arange(S)[None] < cached_B[:, None])[:, None]
+    mask_BTS = jnp.broadcast_to(seen_B1S, (B, W, S))
+    ones_BWW = jnp.ones((B, W, W), bool)
+    if commit:
+        previous_BW = slice_rows(rows.tokens_BT, jnp.maximum(cached_B, 0), W)
+        x_BTD = jnp.concatenate([embed(params, previous_BW), x_BTD], axis=1)
+        positions_BT = jnp.concatenate([own_BW - W, own_BW], axis=1)
+        above = jnp.concatenate([mask_BTS, ones_BWW, ~ones_BWW], axis=2)
+        below = jnp.concatenate([mask_BTS, ones_BWW & pending_B[:, None, None], ones_BWW], axis=2)
+        mask_BTS = jnp.concatenate([above, below], axis=1)
+    else:
+        mask_BTS = jnp.concatenate([mask_BTS, ones_BWW], axis=2)
+    out = transformer(params, x_BTD, positions_BT, mask_BTS, config, cache=rows.cache)
+    if commit:
+        finished = jax.tree.map(lambda new: new[:, :W], out.kv)
+        rows = rows.replace(cache=write_cache(rows.cache, finished, cached_B, pending_B))
+    return unembed(params, out.hidden_BTD[:, -W:]), rows
+
+
+def decode_step(rows: Rows, logits_BWV, keys_B, embed_tokens, policy: Policy, mask_id: int, eos_id: int) -> Rows:
+    """One step of the policy on every row's block; a block is left when it has stopped or after W forwards."""
+    step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, rows.forwards_B)
+    block = STEPS[type(policy)](rows.block, logits_BWV, step_keys_B, embed_tokens, policy, mask_id)
+    block = block.replace(step_B=block.step_B + 1)
+    left_B = block.stopped_B | (block.step_B >= block.tokens_BW.shape[1])
+    if policy.fill_leftover_masks:
+        block = fill_leftover_masks(block, left_B, logits_BWV, mask_id)
+    return leave_blocks(rows, block, left_B, embed_tokens, mask_id, eos_id)
+
+
+def fill_leftover_masks(block: Block, left_B: jax.Array, logits_BWV: jax.Array, mask_id: int) -> Block:
+    """Gives masks that are left in a finished block their best other token."""
+    leftover_BW = left_B[:, None] & block.active_BW & (block.tokens_BW == mask_id)
+
+    def fill() -> jax.Array:
+        other_BWV = jnp.where(jnp.arange(logits_BWV.shape[-1])[None, None] == mask_id, -jnp.inf, logits_BWV)
+        return jnp.where(leftover_BW, jnp.argmax(other_BWV, axis=-1).astype(jnp.int32), block.tokens_BW)
+
+    return block.replace(tokens_BW=jax.lax.cond(jnp.any(leftover_BW), fill, lambda: block.tokens_BW))

@@ -1,0 +1,79 @@
+"""The state of a batch that is being decoded: each row at a block of its own, one forward after another."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dmax_jax.decoding.block import Block, enter_block, freeze
+from dmax_jax.model.cache import KVCache
+
+
+@struct.dataclass
+class Trace:
+    """Every block after every forward of a row; entries from a row's number of forwards on mean nothing."""
+
+    block_BF: jax.Array  # index of the block in the row
+    tokens_BFW: jax.Array
+    stop_BF: jax.Array  # the method's own rule stopped the block
+
+
+@struct.dataclass
+class Rows:
+    tokens_BT: jax.Array  # prompt, finished blocks, masks; the current block is written when it is left
+    block: Block
+    start_B: jax.Array  # position of the current block
+    end_B: jax.Array  # total length
+    uncached_B: jax.Array  # the block before the current one is not yet in the cache
+    forwards_B: jax.Array
+    done_B: jax.Array
+    cache: KVCache
+    trace: Trace | None
+
+
+def slice_rows(tokens_BT: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
+    """[B, width] tokens of each row from its own start."""
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width))(tokens_BT, start_B)
+
+
+def record(rows: Rows, block: Block) -> Trace:
+    """Adds the block after this forward to the trace of every row that is not done."""
+    W = block.tokens_BW.shape[1]
+    row_B = jnp.arange(rows.done_B.shape[0])
+    # An index past the end drops the write: rows that are done stay as they are.
+    at_B = jnp.where(rows.done_B, rows.trace.block_BF.shape[1], rows.forwards_B)
+    return Trace(
+        block_BF=rows.trace.block_BF.at[row_B, at_B].set(rows.start_B // W, mode="drop"),
+        tokens_BFW=rows.trace.tokens_BFW.at[row_B, at_B].set(block.tokens_BW, mode="drop"),
+        stop_BF=rows.trace.stop_BF.at[row_B, at_B].set(block.stopped_B, mode="drop"),
+    )
+
+
+def leave_blocks(rows: Rows, block: Block, left_B: jax.Array, embed, mask_id: int, eos_id: int) -> Rows:
+    """Takes over a step's outcome: rows in `left_B` write their block and enter the next one, or are done.
+
+    An EOS in the decoded part of a block fills everything after the block with EOS. Rows that were done stay as they are.
+    """
+    T, W = rows.tokens_BT.shape[1], block.tokens_BW.shape[1]
+    at_BT = jnp.arange(T)[None] - rows.start_B[:, None]
+    own_BT = jnp.take_along_axis(block.tokens_BW, jnp.clip(at_BT, 0, W - 1), axis=1)
+    written_BT = jnp.where((at_BT >= 0) & (at_BT < W), own_BT, rows.tokens_BT)
+    ended_B = jnp.any((block.tokens_BW == eos_id) & block.active_BW, axis=1)
+    written_BT = jnp.where(ended_B[:, None] & (at_BT >= W), eos_id, written_BT)
+    last_B = ended_B | (rows.start_B + W >= rows.end_B)
+
+    next_B = jnp.where(last_B, rows.start_B, rows.start_B + W)
+    fresh = enter_block(slice_rows(written_BT, next_B, W), embed, mask_id, block.credit_BWV)
+    left = rows.replace(
+        tokens_BT=written_BT,
+        block=freeze(last_B, old=block, new=fresh),
+        start_B=next_B,
+        uncached_B=~last_B,
+        done_B=last_B,
+        cache=(),
+        trace=None,
+    )
+    stayed = rows.replace(block=block, uncached_B=jnp.zeros_like(rows.done_B), cache=(), trace=None)
+    moved = freeze(left_B, old=left, new=stayed).replace(forwards_B=rows.forwards_B + 1)
+    frozen = freeze(rows.done_B, old=rows.replace(cache=(), trace=None), new=moved)
+    trace = None if rows.trace is None else record(rows, block)
+    return frozen.replace(cache=rows.cache, trace=trace)

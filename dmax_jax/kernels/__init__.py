@@ -1,0 +1,1 @@
+"""Array functions and their GPU kernels; nothing here knows a model."""

@@ -1,0 +1,148 @@
+"""The parameter tree, and one description per parameter from which values, shardings and counts follow."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
+
+from dmax_jax.config import ModelConfig
+from dmax_jax.sharding import Rules, named_sharding
+
+
+@struct.dataclass
+class Attention:
+    qkv: jax.Array  # [(N + 2 K) H, D]: all query heads, then keys, then values
+    out: jax.Array  # [D, N H]
+    q_norm: jax.Array  # [H]
+    k_norm: jax.Array  # [H]
+
+
+@struct.dataclass
+class Mlp:
+    gate: jax.Array  # [F, D], or [E, F, D] for the routed experts of a layer
+    up: jax.Array  # [F, D], or [E, F, D]
+    down: jax.Array  # [D, F], or [E, D, F]
+
+
+@struct.dataclass
+class Moe:
+    router: jax.Array  # [E, D]
+    expert_bias: jax.Array  # [E], float32; steers the choice of experts, gets no gradient
+    experts: Mlp
+    shared: Mlp
+
+
+@struct.dataclass
+class Layer:
+    attention_norm: jax.Array  # [D]
+    attention: Attention
+    mlp_norm: jax.Array  # [D]
+    mlp: Mlp | Moe
+
+
+@struct.dataclass
+class Params:
+    embed: jax.Array  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: jax.Array  # [D]
+    head: jax.Array  # [V, D]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """A parameter's shape, the logical axes of its dimensions, its initial values, and its dtype if that is fixed."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    init: str = "normal"  # normal | ones | zeros
+    dtype: str | None = None
+
+
+def param_specs(config: ModelConfig) -> Params:
+    """The parameter tree with a ParamSpec at every leaf."""
+    D, V, H = config.hidden_size, config.vocab_size, config.head_dim
+
+    def norm(width: int, axis: str | None = "embed") -> ParamSpec:
+        return ParamSpec((width,), (axis,), init="ones")
+
+    def mlp(width: int) -> Mlp:
+        up = ParamSpec((width, D), ("ffn", "embed"))
+        return Mlp(gate=up, up=up, down=ParamSpec((D, width), ("embed", "ffn")))
+
+    def experts() -> Mlp:
+        E, F = config.num_experts, config.moe_intermediate_size
+        up = ParamSpec((E, F, D), ("experts", "expert_ffn", "embed"))
+        return Mlp(gate=up, up=up, down=ParamSpec((E, D, F), ("experts", "embed", "expert_ffn")))
+
+    def moe() -> Moe:
+        return Moe(
+            router=ParamSpec((config.num_experts, D), (None, "embed")),
+            expert_bias=ParamSpec((config.num_experts,), (None,), init="zeros", dtype="float32"),
+            experts=experts(),
+            shared=mlp(config.moe_intermediate_size * config.num_shared_experts),
+        )
+
+    def layer(index: int) -> Layer:
+        return Layer(
+            attention_norm=norm(D),
+            attention=Attention(
+                qkv=ParamSpec((config.qkv_rows, D), ("heads", "embed")),
+                out=ParamSpec((D, config.num_attention_heads * H), ("embed", "heads")),
+                q_norm=norm(H, None),
+                k_norm=norm(H, None),
+            ),
+            mlp_norm=norm(D),
+            mlp=mlp(config.intermediate_size) if index < config.first_k_dense_replace else moe(),
+        )
+
+    table = ParamSpec((V, D), ("vocab", "embed"))
+    return Params(
+        embed=table,
+        layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
+        norm=norm(D),
+        head=table,
+    )
+
+
+def count_params(config: ModelConfig) -> int:
+    """Number of scalars in the model, `expert_bias` included."""
+    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(param_specs(config)))
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Params:
+    """The parameter tree with a NamedSharding at every leaf."""
+    return jax.tree.map(lambda spec: named_sharding(mesh, rules, *spec.axes), param_specs(config))
+
+
+def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, rules: Rules) -> Params:
+    """The parameter tree with a sharded ShapeDtypeStruct at every leaf."""
+    return jax.tree.map(
+        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype, sharding=sharding),
+        param_specs(config),
+        param_shardings(config, mesh, rules),
+    )
+
+
+def init_params(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random initial values: normal matrices of standard deviation `initializer_range`, unit norms, zero biases."""
+    specs, tree = jax.tree.flatten(param_specs(config))
+
+    def value(index: int, spec: ParamSpec) -> jax.Array:
+        kind = spec.dtype or dtype
+        if spec.init == "normal":
+            return config.initializer_range * jax.random.normal(jax.random.fold_in(key, index), spec.shape, kind)
+        return jnp.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], kind)
+
+    return jax.tree.unflatten(tree, [value(index, spec) for index, spec in enumerate(specs)])
+
+
+def cast_params(params: Params, dtype: jnp.dtype) -> Params:
+    """Casts weights to the dtype of a computation; `expert_bias` keeps its float32."""
+
+    def cast(path, leaf: jax.Array) -> jax.Array:
+        return leaf if path[-1].name == "expert_bias" else leaf.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,0 +1,77 @@
+"""The decoder stack: one function of parameters, embeddings, positions, mask and cache."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dmax_jax.config import ModelConfig
+from dmax_jax.model.attention import attention
+from dmax_jax.model.cache import KVCache
+from dmax_jax.model.layers import rms_norm, rotary_angles, swiglu
+from dmax_jax.model.moe import moe
+from dmax_jax.model.params import Layer, Moe, Params
+
+
+@struct.dataclass
+class Output:
+    hidden_BTD: jax.Array  # after the final norm
+    kv: KVCache  # keys and values of the T positions
+    loads: tuple[jax.Array, ...]  # one [E] per sparse layer: rows that chose each expert
+
+
+def transformer(
+    params: Params,
+    x_BTD: jax.Array,
+    positions_BT: jax.Array,
+    mask_BTS: jax.Array,
+    config: ModelConfig,
+    *,
+    cache: KVCache | None = None,
+) -> Output:
+    """Runs all layers on T positions that see the S = cached + T positions which `mask_BTS` allows.
+
+    The computation is in the dtype of the parameters, to which `x_BTD` is cast. Batch axes of positions and mask may
+    be 1.
+    """
+    x_BTD = x_BTD.astype(params.embed.dtype)
+    angles = rotary_angles(positions_BT, config.rotary_dim, config.rope_theta)
+    kv, loads = [], []
+    with exact_products(x_BTD.dtype):
+        for index, layer in enumerate(params.layers):
+            with jax.named_scope(f"layer_{index}"):
+                cached = None if cache is None else cache[index]
+                x_BTD, new, load = _layer(x_BTD, layer, angles, mask_BTS, cached, config)
+            kv.append(new)
+            loads += [] if load is None else [load]
+    return Output(rms_norm(x_BTD, params.norm, config.rms_norm_eps), tuple(kv), tuple(loads))
+
+
+def _layer(x_BTD, layer: Layer, angles, mask_BTS, cached, config: ModelConfig):
+    with jax.named_scope("attention"):
+        normal_BTD = rms_norm(x_BTD, layer.attention_norm, config.rms_norm_eps)
+        out_BTD, new = attention(normal_BTD, layer.attention, angles, mask_BTS, cached, config)
+        x_BTD = x_BTD + out_BTD
+    with jax.named_scope("mlp"):
+        normal_BTD = rms_norm(x_BTD, layer.mlp_norm, config.rms_norm_eps)
+        if not isinstance(layer.mlp, Moe):
+            return x_BTD + swiglu(normal_BTD, layer.mlp), new, None
+        out_BTD, load_E = moe(normal_BTD, layer.mlp, config)
+        return x_BTD + out_BTD, new, load_E
+
+
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding table: [...] -> [..., D]."""
+    return params.embed[tokens]
+
+
+def unembed(params: Params, hidden: jax.Array) -> jax.Array:
+    """Logits in float32: [..., D] -> [..., V]."""
+    with exact_products(hidden.dtype):
+        return jnp.einsum("...d,vd->...v", hidden, params.head, preferred_element_type=jnp.float32)
+
+
+def exact_products(dtype: jnp.dtype) -> contextlib.AbstractContextManager:
+    """Keeps float32 products in float32; a GPU's default would round their factors to TF32."""
+    return jax.default_matmul_precision("highest" if dtype == jnp.float32 else "default")
