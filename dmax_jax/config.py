@@ -231,6 +231,7 @@ class RunConfig:
             self.data.sequence_length % self.block_length == 0,
             f"run: data.sequence_length={self.data.sequence_length} is no multiple of block_length={self.block_length}",
         )
+        _require(self.seed >= 0, f"run: seed={self.seed} must not be negative")
         _require(self.dtype in ("float32", "bfloat16"), f"run: dtype={self.dtype!r} is neither float32 nor bfloat16")
 
 

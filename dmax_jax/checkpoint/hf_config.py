@@ -34,7 +34,6 @@ OFFICIAL = {
     "attention_dropout": 0.0,
     "embedding_dropout": 0.0,
     "output_dropout": 0.0,
-    "max_position_embeddings": 32768,
     "use_cache": False,
 }
 # Some official configs leave their ids to the code; this vocabulary is the one for which they are known.

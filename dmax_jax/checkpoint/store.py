@@ -105,6 +105,6 @@ def _check_shapes(directory: pathlib.Path, saved: dict[str, Any], specs: Params)
 
 def _pytree_checkpointer(tree: Any) -> ocp.Checkpointer:
     """A checkpointer that holds few parameters in memory twice; Orbax's own bound is 96 GB."""
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    gigabytes = 2 + largest / 1e9  # must exceed the largest parameter
+    largest = 4 * max(leaf.size for leaf in jax.tree.leaves(tree))  # bytes, if stored as float32
+    gigabytes = 2 + largest / 1e9  # Orbax refuses a parameter that exceeds this bound
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes))

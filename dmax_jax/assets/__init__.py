@@ -1,0 +1,5 @@
+"""Where the models that come with the package lie."""
+
+import pathlib
+
+DEMO = pathlib.Path(__file__).parent / "stories"

@@ -1,0 +1,117 @@
+"""The flags that all decoding commands share, and what is built from them: model, policy, settings."""
+
+import dataclasses
+import pathlib
+
+import jax
+from absl import flags
+
+from dmax_jax.assets import DEMO
+from dmax_jax.checkpoint.layout import load_checkpoint
+from dmax_jax.config import MeshConfig, ModelConfig
+from dmax_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dmax_jax.decoding.batch import DecodeSettings
+from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
+from dmax_jax.errors import InputError
+from dmax_jax.model.params import Params
+from dmax_jax.sharding import make_mesh
+
+POLICIES = {"spd": SpdPolicy, "threshold": ThresholdPolicy, "hierarchical": HierarchicalPolicy, "credit": CreditPolicy}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    config: ModelConfig  # with the ids of the flags, if given
+    params: Params
+    tokenizer: Tokenizer | None  # None if the checkpoint brings none
+    directory: pathlib.Path
+
+
+class DecodingFlags:
+    """Defines the flags in `flag_values`; the other methods read them after parsing."""
+
+    def __init__(self, flag_values: flags.FlagValues, *, method: str = "spd", batch_size: int = 1):
+        values = self._values = flag_values
+        flags.DEFINE_string(
+            "checkpoint", str(DEMO), "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; "
+            "default: the demo model that comes with the package.", flag_values=values,
+        )  # fmt: skip
+        flags.DEFINE_enum("method", method, list(POLICIES), "How blocks are decoded.", flag_values=values)
+        flags.DEFINE_float(
+            "threshold", None, "Confidence from which a masked token is taken; default: 0.5 for spd, 0.95 for the "
+            "others.", flag_values=values,
+        )  # fmt: skip
+        flags.DEFINE_float("low_threshold", 0.2, "hierarchical: threshold of each run's best.", flag_values=values)
+        flags.DEFINE_float(
+            "accept_threshold", 0.9, "spd: a block is done when all its tokens are this sure.", flag_values=values
+        )
+        flags.DEFINE_float("temperature", 0.0, "0 takes the best token, above 0 samples.", flag_values=values)
+        flags.DEFINE_integer("seed", 0, "Seed of sampling.", flag_values=values)
+        flags.DEFINE_integer("gen_length", 256, "Answer tokens, rounded up to whole blocks.", flag_values=values)
+        flags.DEFINE_integer("block_length", 32, "Positions decoded together.", flag_values=values)
+        flags.DEFINE_integer("batch_size", batch_size, "Prompts decoded together.", flag_values=values)
+        flags.DEFINE_enum(
+            "dtype", None, ["float32", "bfloat16"], "Of weights and computation; default: the checkpoint's own.",
+            flag_values=values,
+        )  # fmt: skip
+        flags.DEFINE_bool(
+            "fill_leftover_masks", True, "Give masks that are left when a block ends their best token; off: as the "
+            "official code.", flag_values=values,
+        )  # fmt: skip
+        flags.DEFINE_string("mesh", "", "Devices per axis, such as tensor:2; default: one device.", flag_values=values)
+        flags.DEFINE_integer("eos_id", None, "Instead of the checkpoint's own end token.", flag_values=values)
+        flags.DEFINE_integer("mask_id", None, "Instead of the checkpoint's own mask token.", flag_values=values)
+
+    def policy(self) -> Policy:
+        values = self._values
+        policy = POLICIES[values.method]
+        names = {field.name for field in dataclasses.fields(policy)}
+        given = {name: values[name].value for name in names if name in values}
+        return policy(**{name: value for name, value in given.items() if value is not None})
+
+    def settings(self, *, trace: bool = False) -> DecodeSettings:
+        values = self._values
+        return DecodeSettings(
+            gen_length=values.gen_length,
+            block_length=values.block_length,
+            batch_size=values.batch_size,
+            seed=values.seed,
+            trace=trace,
+        )
+
+    def load(self) -> LoadedModel:
+        """Loads checkpoint and tokenizer; raises InputError for anything wrong with them."""
+        values = self._values
+        directory = pathlib.Path(values.checkpoint)
+        mesh = make_mesh(parse_mesh(values.mesh)) if values.mesh else None
+        config, params = load_checkpoint(
+            directory, values.dtype, mesh, mask_token_id=values.mask_id, eos_token_id=values.eos_id
+        )
+        has_tokenizer = (directory / "tokenizer.json").exists()
+        tokenizer = load_tokenizer(directory, config.mask_token_id) if has_tokenizer else None
+        return LoadedModel(config, params, tokenizer, directory)
+
+    def describe(self) -> dict:
+        """Method, its settings, and where it ran, for a result's JSON."""
+        values = self._values
+        return {
+            "checkpoint": values.checkpoint,
+            "method": values.method,
+            "policy": dataclasses.asdict(self.policy()),
+            "gen_length": values.gen_length,
+            "block_length": values.block_length,
+            "batch_size": values.batch_size,
+            "seed": values.seed,
+            "device": jax.devices()[0].device_kind,
+        }
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """`tensor:2,data:4` as a MeshConfig whose other axes are 1."""
+    sizes = {"data": 1, "expert": 1, "tensor": 1}
+    for part in text.split(","):
+        axis, _, size = part.partition(":")
+        if axis not in sizes or not size.isdigit():
+            raise InputError(f"--mesh={text}: write AXIS:SIZE,... with axes {', '.join(sizes)}")
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)

@@ -1,0 +1,52 @@
+"""Trains a model as a configuration file says; started again with the same --workdir, it resumes.
+
+Any field of the configuration can be set on the command line:
+  python -m dmax_jax.train --config=configs/stories_oput.py --config.optimizer.learning_rate=1e-4 --workdir=runs/oput
+
+Metrics go to WORKDIR/metrics.jsonl and WORKDIR/tensorboard, states to WORKDIR/checkpoints. The working directory is a
+checkpoint that the other commands read. Ctrl-C saves and stops.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+
+from dmax_jax import command
+from dmax_jax.assets import DEMO
+from dmax_jax.config import load_config
+from dmax_jax.training.loop import train
+
+FLAGS = flags.FlagValues()
+CONFIG = flags.DEFINE_string(
+    "config", None, "Python file with get_config() -> RunConfig.", required=True, flag_values=FLAGS
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Directory of states and metrics; made if missing.", required=True, flag_values=FLAGS
+)
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Join the other processes of a cluster first (jax.distributed).", flag_values=FLAGS
+)
+
+
+def main(overrides: Sequence[tuple[str, str]] = ()) -> None:
+    if DISTRIBUTED.value:
+        jax.distributed.initialize()
+    run = load_config(CONFIG.value, overrides)
+    if not train(run, pathlib.Path(WORKDIR.value), DEMO):
+        print(f"stopped; the same command with --workdir={WORKDIR.value} goes on", file=sys.stderr)
+        raise SystemExit(130)
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Separates `--config.name=value` arguments from the flags."""
+    rest = [argument for argument in argv if not argument.startswith("--config.")]
+    pairs = [argument.removeprefix("--config.").partition("=") for argument in argv if argument not in rest]
+    return rest, [(name, value) for name, _, value in pairs]
+
+
+if __name__ == "__main__":
+    arguments, config_overrides = split_overrides(sys.argv)
+    command.run(lambda: main(config_overrides), FLAGS, __doc__, arguments)
