@@ -24,9 +24,9 @@ MODEL = ModelConfig(
     rope_theta=10000.0,
     partial_rotary_factor=0.5,
     rms_norm_eps=1e-6,
-    mask_token_id=758,
-    eos_token_id=757,
-    pad_token_id=757,
+    mask_token_id=767,
+    eos_token_id=766,
+    pad_token_id=766,
     max_position_embeddings=512,
     initializer_range=0.04,
 )
@@ -35,7 +35,7 @@ MODEL = ModelConfig(
 def get_config() -> RunConfig:
     return RunConfig(
         model=MODEL,
-        data=DataConfig(task="stories", samples=2_000_000, sequence_length=160, workers=10),
+        data=DataConfig(task="stories", samples=500_000, sequence_length=192, workers=10),
         steps=8000,
         batch_size=256,
         objective=ObjectiveConfig(kind="mdlm", mask_rate_low=0.1, mask_rate_high=1.0),

@@ -9,7 +9,7 @@ from dmax_jax.config import CheckpointConfig, DataConfig, ObjectiveConfig, Optim
 def get_config() -> RunConfig:
     return RunConfig(
         initial_checkpoint="runs/stories_base",
-        data=DataConfig(path="runs/stories_answers.jsonl", sequence_length=160),
+        data=DataConfig(path="runs/stories_answers.jsonl", sequence_length=192, workers=10),
         steps=2000,
         batch_size=256,
         objective=ObjectiveConfig(kind="oput", schedule="joint", rollout="argmax"),

@@ -98,7 +98,7 @@ class DataConfig:
     task: str = ""
     sequence_length: int = 192  # positions per sample, prompt and answer, padded with EOS
     samples: int = 0  # of a task: samples in one epoch
-    workers: int = 0  # processes that prepare samples; 0: threads of the training process
+    workers: int = 0  # processes that encode the samples before the first step; 0: the training process itself
 
     def __post_init__(self):
         _require(

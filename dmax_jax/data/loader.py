@@ -1,6 +1,5 @@
 """The input pipeline: an endless, restartable stream of training batches for one process, built with grain."""
 
-import atexit
 import dataclasses
 import functools
 import sys
@@ -9,8 +8,6 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
-
 from dmax_jax.config import DataConfig
 from dmax_jax.data.sources import Source, open_source
 from dmax_jax.data.tokenizer import Tokenizer
@@ -65,7 +62,7 @@ class Loader(Iterator[Batch]):
     """Endless batches; `get_state` after n batches and `set_state` later continue with batch n, bit for bit.
 
     The state is a JSON-able dict. It says the number of the next step only, so a run may go on with another number of
-    processes or workers. Attributes: `samples` in an epoch and `dropped` rows, which did not fit.
+    processes. Attributes: `samples` in an epoch and `dropped` rows, which did not fit.
     """
 
     def __init__(self, steps_from: Callable[[int], grain.IterDataset], samples: int, dropped: int):
@@ -78,10 +75,9 @@ class Loader(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = iter(self._steps_from(self._step))
-            atexit.register(self.close)  # threads and processes that outlive their modules would end in noise
         batch = next(self._iterator)
         self._step += 1
-        return Batch(*map(np.array, batch))  # copies: from a worker process they come in memory that grain reclaims
+        return batch
 
     def get_state(self) -> dict[str, int]:
         return {"step": self._step}
@@ -91,11 +87,10 @@ class Loader(Iterator[Batch]):
         self._step = state["step"]
 
     def close(self) -> None:
-        """Ends threads and worker processes; the next batch starts new ones."""
+        """Ends the threads that read ahead; the next batch starts new ones."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
-            atexit.unregister(self.close)
 
 
 def make_loader(
@@ -120,27 +115,17 @@ def make_loader(
     if alternating and batch_size % 2:
         raise InputError(f"batch_size={batch_size} must be even: half of an alternating batch is on policy")
     source = open_source(data, tokenizer, seed)
-    order = Order(source.samples, batch_size, seed, alternating)
+    order = Order(len(source.tokens), batch_size, seed, alternating)
 
     def steps_from(step: int) -> grain.IterDataset:
         rows = grain.MapDataset.range(step * batch_size, sys.maxsize).map(functools.partial(_row, order, source))
         steps = rows.batch(batch_size // parts)[process_index::process_count].batch(accumulation)
-        options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD)
-        stream = steps.to_iter_dataset(options)
-        # The rows of a file are tokens already: worker processes would only copy them.
-        return _in_processes(stream, data.workers) if data.workers and data.task else stream
+        return steps.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD))
 
-    return Loader(steps_from, source.samples, source.dropped)
-
-
-def _in_processes(stream: grain.IterDataset, workers: int) -> grain.IterDataset:
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads flags of its own, also in a program that never parses any
-    return stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=BATCHES_AHEAD))
+    return Loader(steps_from, len(source.tokens), source.dropped)
 
 
 def _row(order: Order, source: Source, place: int) -> Batch:
     """Returns the row (a batch without axes A and B) at a place of the stream."""
     index, epoch, on_policy = order(place)
-    tokens, prompt_length = source.example(index)
-    return Batch(tokens, np.int32(prompt_length), np.int32(index), np.int32(epoch), np.bool_(on_policy))
+    return Batch(source.tokens[index], source.prompt_length[index], np.int32(index), np.int32(epoch), np.bool_(on_policy))

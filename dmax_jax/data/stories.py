@@ -8,7 +8,7 @@ import random
 import zlib
 from typing import NamedTuple
 
-from dmax_jax.data.story_families import FACTOR, FAMILIES, Family, Step
+from dmax_jax.data.story_families import CONCLUSIONS, FACTOR, FAMILIES, OPENINGS, TRANSITIONS, Family, Step
 from dmax_jax.errors import InputError
 
 SPLITS = ("train", "test")
@@ -102,8 +102,12 @@ def tell(rng: random.Random, core: Core) -> dict[str, str]:
     words |= {"child": "child", "plate": "plate"}
     question = " ".join(rng.choice(phrasings).format(**words, **core.values) for phrasings in core.family.question)
     steps = [step for stage in core.family.stages for step in rng.sample(stage, len(stage))]
-    worked = " ".join(_tell_step(rng, step, words, core.values) for step in steps)
-    return {"question": question, "answer": f"{worked}\n#### {core.values[steps[-1].result]}"}
+    told = [_tell_step(rng, step, words, core.values) for step in steps]
+    leads = [rng.choice(TRANSITIONS if number else OPENINGS) for number in range(len(steps))]
+    result = core.values[steps[-1].result]
+    conclusion = rng.choice(CONCLUSIONS).format(z=result)
+    worked = " ".join(f"{lead} {step}" for lead, step in zip(leads, told, strict=True))
+    return {"question": question, "answer": f"{worked} {conclusion}\n#### {result}"}
 
 
 def _tell_step(rng: random.Random, step: Step, words: dict[str, str], values: dict[str, int]) -> str:

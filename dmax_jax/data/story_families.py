@@ -110,6 +110,29 @@ REMAINING = (
     "After spending {y} dollars, {who} keeps {eq}.",
 )
 
+# What stands before the first step, before the others, and before the last line.
+OPENINGS = (
+    "We can work this out step by step.",
+    "Let us begin with what we know.",
+    "Here is the first step.",
+    "First we look at the numbers in the story.",
+    "Start with the part that is easy to see.",
+)
+TRANSITIONS = (
+    "Now we can go on from there.",
+    "Here is the next step.",
+    "That is one part of it.",
+    "With this we know enough for the next part.",
+    "Then comes the rest.",
+)
+CONCLUSIONS = (
+    "So the answer is {z}.",
+    "This gives {z} as the answer.",
+    "{z} is the number that was asked for.",
+    "Now we know the answer, and it is {z}.",
+    "The question is answered by {z}.",
+)
+
 # Sentences of questions.
 HAS = ("{name} has {s} {noun}.", "{name} starts with {s} {noun}.", "At first {name} owns {s} {noun}.")
 HAS_BAGS = ("{name} has {a} {bags} of {b} {noun}.", "{name} owns {a} {bags} with {b} {noun} in each.")

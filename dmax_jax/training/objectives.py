@@ -56,8 +56,9 @@ class Evidence:
 def two_stream_forward(params: Params, inputs_BT: jax.Array, clean_BT: jax.Array, problem: Problem) -> Forward:
     """Runs `[inputs | clean]` under the training mask; a position's logits predict its own token (no shift)."""
     T = clean_BT.shape[1]
-    params = cast_params(params, problem.dtype)
+    # From the float32 table: its gradient sums thousands of masks into one row, which bfloat16 can't add up.
     x_BTD = embed(params, jnp.concatenate([inputs_BT, clean_BT], axis=1))
+    params = cast_params(params, problem.dtype)
     positions = jnp.tile(jnp.arange(T), 2)[None]
     out = transformer(params, x_BTD, positions, two_stream_mask(T, problem.block_length), problem.model)
     return Forward(unembed(params, out.hidden_BTD[:, :T]), out.loads)
@@ -190,10 +191,9 @@ def roll_out(
     params: Params, inputs_BT: jax.Array, batch: Batch, masked_BT, keys_B, problem: Problem, steps: int
 ) -> jax.Array:
     """Replaces the masked positions by the model's predictions from its input, `steps` times (Eq. 3)."""
-    cast = cast_params(params, problem.dtype)
 
     def predict(step: jax.Array, inputs_BT: jax.Array) -> jax.Array:
-        logits_BTV = two_stream_forward(cast, inputs_BT, batch.tokens_BT, problem).logits_BTV
+        logits_BTV = two_stream_forward(params, inputs_BT, batch.tokens_BT, problem).logits_BTV
         step_keys_B = jax.vmap(functools.partial(jax.random.fold_in, data=step))(keys_B)
         drawn_BT = draw_predictions(logits_BTV, step_keys_B, problem.objective.rollout)
         return jnp.where(masked_BT, drawn_BT, inputs_BT).astype(inputs_BT.dtype)

@@ -1,0 +1,162 @@
+"""Answers prompts with a checkpoint, and says how many tokens each forward of the model gave.
+
+  python -m dmax_jax.decode --prompt="Tom has 3 boxes of 4 pens. How many pens does he have?"
+  python -m dmax_jax.decode --checkpoint=DIR --prompts_file=FILE.jsonl --batch_size=16 --output=FILE.json
+
+Every answer goes to stdout (as token ids where the checkpoint brings no tokenizer), then a line of figures: tokens
+before the end token, forwards over blocks, tokens per forward (TPF; the prefill counts as one forward more) and tokens
+per second (TPS; the prefill counts, compilation doesn't). --output writes one JSON object, or with --prompts_file a
+list with an object per row: prompt_ids, token_ids, text, forwards, generated_tokens, tpf, tps, seconds (of its whole
+batch), method and all settings; with --trace also "trace", the block after each forward.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+from tqdm import tqdm
+
+from dmax_jax import command
+from dmax_jax.compilation_cache import use_compilation_cache
+from dmax_jax.data.tokenizer import Messages, Tokenizer
+from dmax_jax.decoding.batch import Answer, decode_prompts
+from dmax_jax.decoding_flags import DecodingFlags, LoadedModel
+from dmax_jax.errors import InputError
+from dmax_jax.evaluation.metrics import total_seconds
+from dmax_jax.evaluation.report import prepare_output, write_json
+
+FLAGS = flags.FlagValues()
+DECODING = DecodingFlags(FLAGS)
+PROMPT = flags.DEFINE_string("prompt", None, "A question; it goes through the chat template.", flag_values=FLAGS)
+INPUT_IDS = flags.DEFINE_string("input_ids", None, "The prompt's token ids as they are: 5,7,9.", flag_values=FLAGS)
+PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, "JSONL; each row has one of: prompt (a question), messages (a conversation that ends with "
+    "the user's), input_ids.", flag_values=FLAGS,
+)  # fmt: skip
+OUTPUT = flags.DEFINE_string(
+    "output", None, "JSON file to write: an object; with --prompts_file a list of them.", flag_values=FLAGS
+)
+TRACE = flags.DEFINE_bool(
+    "trace", False, "Add to the JSON the block after every forward: block, step, token_ids, stop.", flag_values=FLAGS
+)
+
+Prompt = str | Messages | list[int]
+
+
+def main() -> None:
+    prompts = requested_prompts()
+    if TRACE.value and not OUTPUT.value:
+        raise InputError("--trace needs --output: the trace is part of the JSON")
+    policy, settings = DECODING.policy(), DECODING.settings(trace=TRACE.value)
+    output = prepare_output(OUTPUT.value) if OUTPUT.value else None
+    use_compilation_cache()
+    model = DECODING.load()
+    ids = [encode(prompt, model) for prompt in prompts]
+    decoded = decode_prompts(model.params, model.config, ids, policy, settings)
+    answers = []
+    for answer in tqdm(decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size):
+        tqdm.write(shown(answer, model.tokenizer))  # does not tear the progress bar as print does
+        answers.append(answer)
+    if len(answers) > 1:
+        tokens, forwards = (sum(getattr(a, name) for a in answers) for name in ("generated_tokens", "forwards"))
+        tpf, tps = tokens / (forwards + len(answers)), tokens / total_seconds(answers, settings.batch_size)
+        print(f"together: {figures(tokens, forwards, tpf, tps)}")
+    if output:
+        records = [to_record(answer, model.tokenizer) for answer in answers]
+        write_json(output, records if PROMPTS_FILE.value is not None else records[0])
+
+
+def requested_prompts() -> list[Prompt]:
+    """The prompts of whichever flag is given; raises InputError unless it is exactly one, with something in it."""
+    if sum(flag.value is not None for flag in (PROMPT, INPUT_IDS, PROMPTS_FILE)) != 1:
+        raise InputError("give exactly one of --prompt, --input_ids and --prompts_file")
+    if PROMPTS_FILE.value is not None:
+        return read_prompts(pathlib.Path(PROMPTS_FILE.value))
+    if INPUT_IDS.value is not None:
+        return [parse_ids(INPUT_IDS.value)]
+    if not PROMPT.value.strip():
+        raise InputError("--prompt is empty; write a question")
+    return [PROMPT.value]
+
+
+def parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--input_ids={text}: write token ids with commas between them, such as 5,7,9") from None
+
+
+def read_prompts(path: pathlib.Path) -> list[Prompt]:
+    """Reads the prompts of a JSONL file; empty lines are skipped. Raises InputError naming file and line."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a JSONL file with prompt, messages or input_ids in each line")
+    prompts = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if line.strip():
+            try:
+                prompts.append(row_prompt(json.loads(line)))
+            except ValueError as error:  # InputError, bad JSON or bad UTF-8
+                raise InputError(f"{path}, line {number}: {error}") from None
+    if not prompts:
+        raise InputError(f"{path}: the file has no prompt")
+    return prompts
+
+
+def row_prompt(row: Any) -> Prompt:
+    given = [row[name] for name in ("prompt", "messages", "input_ids") if name in row] if isinstance(row, dict) else []
+    if len(given) == 1 and (is_text(given[0]) or is_conversation(given[0]) or is_ids(given[0])):
+        return given[0]
+    raise InputError(
+        "a row needs one of: prompt (text), messages (role and content each, the last not the assistant's), "
+        "input_ids (whole numbers)"
+    )
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in value)
+        and value[-1]["role"] != "assistant"
+    )
+
+
+def encode(prompt: Prompt, model: LoadedModel) -> list[int]:
+    if is_ids(prompt):
+        return prompt
+    if model.tokenizer is None:
+        raise InputError(f"{model.directory}: tokenizer.json is missing, which text needs; add it or use --input_ids")
+    return model.tokenizer.encode_prompt(prompt)
+
+
+def shown(answer: Answer, tokenizer: Tokenizer | None) -> str:
+    """The text (or the ids) before the end token, and the line of figures."""
+    text = ",".join(map(str, answer.answer_ids)) if tokenizer is None else tokenizer.decode(answer.answer_ids)
+    return f"{text}\n{figures(answer.generated_tokens, answer.forwards, answer.tpf, answer.tps)}"
+
+
+def figures(tokens: int, forwards: int, tpf: float, tps: float) -> str:
+    return f"{tokens} tokens, {forwards} forwards, {tpf:.2f} tokens/forward (TPF), {tps:.1f} tokens/s (TPS)"
+
+
+def to_record(answer: Answer, tokenizer: Tokenizer | None) -> dict:
+    """The JSON object of an answer; the policy's settings stand beside the others."""
+    fields, settings = dataclasses.asdict(answer), DECODING.describe()
+    trace, policy = fields.pop("trace"), settings.pop("policy")
+    text = None if tokenizer is None else tokenizer.decode(answer.answer_ids)
+    record = fields | {"text": text, "tpf": answer.tpf, "tps": answer.tps} | settings | policy
+    return record if trace is None else record | {"trace": trace}
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS, __doc__)

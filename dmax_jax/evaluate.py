@@ -1,0 +1,100 @@
+"""Measures a checkpoint on a task: accuracy with its 95 % interval, tokens per forward (TPF), tokens per second (TPS).
+
+  python -m dmax_jax.evaluate --checkpoint=DIR --task=stories --samples=1000 --output=FILE.json
+  python -m dmax_jax.evaluate --checkpoint=DIR --task=gsm8k_test.jsonl --method=threshold --thresholds=0.95,0.7,0.5
+
+An answer is right if the integer after its last `####` is the reference's. The prefill counts as one forward in TPF and
+in the time of TPS. Several thresholds share one start, give a line each, and the area under parallelism (AUP). The JSON
+has settings, versions, device and "results": per threshold its figures and, under "samples", every answer.
+"""
+
+import dataclasses
+
+from absl import flags
+from tqdm import tqdm
+
+from dmax_jax import command
+from dmax_jax.compilation_cache import use_compilation_cache
+from dmax_jax.decoding.batch import DecodeSettings, decode_prompts
+from dmax_jax.decoding.policies import Policy
+from dmax_jax.decoding_flags import DecodingFlags, LoadedModel
+from dmax_jax.errors import InputError
+from dmax_jax.evaluation.metrics import area_under_parallelism, measure, total_seconds
+from dmax_jax.evaluation.report import Result, prepare_output, table, to_json, write_json
+from dmax_jax.evaluation.tasks import Problem, load_problems, score
+
+FLAGS = flags.FlagValues()
+DECODING = DecodingFlags(FLAGS, batch_size=64)
+FLAGS.set_default("gen_length", 128)
+TASK = flags.DEFINE_string(
+    "task", None, "Name of a generated task (stories: its test split), or a .jsonl file with question and answer.",
+    required=True, flag_values=FLAGS,
+)  # fmt: skip
+SAMPLES = flags.DEFINE_integer(
+    "samples", None, "How many problems; default: 1000 of a generated task, all of a file.", flag_values=FLAGS
+)
+TEST_SEED = flags.DEFINE_integer("test_seed", 0, "Seed of a generated task's problems.", flag_values=FLAGS)
+THRESHOLDS = flags.DEFINE_list("thresholds", None, "Several, instead of --threshold: 0.95,0.5,0.", flag_values=FLAGS)
+BEST_ACCURACY = flags.DEFINE_float(
+    "best_accuracy", 0.0, "For AUP: the best accuracy in percent of all methods compared; default: this sweep's.",
+    lower_bound=0.0, upper_bound=100.0, flag_values=FLAGS,
+)  # fmt: skip
+OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", flag_values=FLAGS)
+
+
+def main() -> None:
+    policies, settings = requested_policies(), DECODING.settings()
+    problems = load_problems(TASK.value, SAMPLES.value, TEST_SEED.value)
+    output = prepare_output(OUTPUT.value) if OUTPUT.value else None
+    use_compilation_cache()
+    model = DECODING.load()
+    if model.tokenizer is None:
+        raise InputError(f"{model.directory}: tokenizer.json is missing; questions are text")
+    results, aup = [], None
+    for policy in policies:
+        results.append(evaluate(model, problems, policy, settings))
+        points = [(result.metrics.tpf_macro, result.metrics.accuracy) for result in results]
+        aup = area_under_parallelism(points, BEST_ACCURACY.value) if len(points) > 1 else None
+        if output:  # after each threshold, so that an interrupted sweep leaves what it has
+            write_json(output, to_json(described_settings(), results, aup), indent=1)
+    print(table(results) + ("" if aup is None else f"\nAUP {aup:.1f}"))
+
+
+def requested_policies() -> list[Policy]:
+    """The policy of the flags, once for every threshold; raises InputError for a bad threshold."""
+    policy = DECODING.policy()
+    if THRESHOLDS.value is None:
+        return [policy]
+    if FLAGS.threshold is not None:
+        raise InputError("give --threshold or --thresholds, not both")
+    try:
+        thresholds = [float(text) for text in THRESHOLDS.value]
+    except ValueError:
+        thresholds = []
+    if not thresholds:
+        raise InputError(f"--thresholds={','.join(THRESHOLDS.value)}: write numbers with commas between: 0.95,0.5,0")
+    return [policy.replace(threshold=threshold) for threshold in thresholds]
+
+
+def evaluate(model: LoadedModel, problems: list[Problem], policy: Policy, settings: DecodeSettings) -> Result:
+    """Decodes and scores all problems."""
+    prompts = [model.tokenizer.encode_prompt(problem.question) for problem in problems]
+    decoded = decode_prompts(model.params, model.config, prompts, policy, settings)
+    answers = list(tqdm(decoded, f"threshold {policy.threshold:g}", total=len(prompts), unit="answer"))
+    samples = [
+        score(problem, answer, model.tokenizer.decode(answer.answer_ids))
+        for problem, answer in zip(problems, answers, strict=True)
+    ]
+    seconds = total_seconds(answers, settings.batch_size)
+    return Result(dataclasses.asdict(policy), measure(samples, seconds), samples)
+
+
+def described_settings() -> dict:
+    """What was asked for; each result carries its own policy."""
+    settings = DECODING.describe()
+    del settings["policy"], settings["device"]
+    return {"task": TASK.value, "test_seed": TEST_SEED.value} | settings
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS, __doc__)
