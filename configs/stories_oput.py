@@ -1,6 +1,12 @@
-"""On-policy uniform training of the stories model, on the base model's own answers.
+"""On-policy uniform training of the base model for `stories`, on its own answers to fresh questions.
 
-Hardware: one H200.
+Before it: python -m dmax_jax.generate_trajectories --checkpoint=runs/stories_base --dtype=bfloat16 --task=stories \\
+  --samples=100000 --batch_size=1000 --gen_length=128 --output=runs/stories_answers.jsonl
+One H200: 3.5 minutes at 7 steps/s, and 1.5 for the answers. Result to expect: 92 % of 1000 test stories right at 4.7
+tokens per forward (soft parallel decoding, threshold 0.5), 89 % at 7.0 (threshold 0). It is the package's `demo`.
+
+Differs from the paper's recipe: the mask rate is drawn from [0.5, 1] instead of fixed at 0.75, because decoding starts
+from a block that is masked altogether, and the learning rate fits a small model.
 """
 
 from dmax_jax.config import CheckpointConfig, DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig
@@ -10,10 +16,12 @@ def get_config() -> RunConfig:
     return RunConfig(
         initial_checkpoint="runs/stories_base",
         data=DataConfig(path="runs/stories_answers.jsonl", sequence_length=192, workers=10),
-        steps=2000,
+        steps=1350,
         batch_size=256,
-        objective=ObjectiveConfig(kind="oput", schedule="joint", rollout="argmax"),
-        optimizer=OptimizerConfig(learning_rate=2e-4, beta2=0.98),
+        objective=ObjectiveConfig(
+            kind="oput", schedule="joint", rollout="argmax", mask_rate_low=0.5, mask_rate_high=1.0
+        ),
+        optimizer=OptimizerConfig(learning_rate=4e-4, beta2=0.98),
         checkpoint=CheckpointConfig(every_steps=1000),
         log_every=50,
     )

@@ -25,7 +25,7 @@ from dmax_jax.decoding.batch import Answer, decode_prompts
 from dmax_jax.decoding_flags import DecodingFlags, LoadedModel
 from dmax_jax.errors import InputError
 from dmax_jax.evaluation.metrics import total_seconds
-from dmax_jax.evaluation.report import prepare_output, write_json
+from dmax_jax.output_file import prepare_output, write_json
 
 FLAGS = flags.FlagValues()
 DECODING = DecodingFlags(FLAGS)

@@ -6,7 +6,7 @@ import pathlib
 import jax
 from absl import flags
 
-from dmax_jax.assets import DEMO
+from dmax_jax.assets import DEMO, DEMO_BASE
 from dmax_jax.checkpoint.layout import load_checkpoint
 from dmax_jax.config import MeshConfig, ModelConfig
 from dmax_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -30,11 +30,11 @@ class LoadedModel:
 class DecodingFlags:
     """Defines the flags in `flag_values`; the other methods read them after parsing."""
 
-    def __init__(self, flag_values: flags.FlagValues, *, method: str = "spd", batch_size: int = 1):
+    def __init__(self, flag_values: flags.FlagValues, *, method: str = "spd", batch_size: int = 1, gen_length: int = 256):
         values = self._values = flag_values
         flags.DEFINE_string(
-            "checkpoint", str(DEMO), "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; "
-            "default: the demo model that comes with the package.", flag_values=values,
+            "checkpoint", "demo", "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; demo and "
+            "demo_base are the models that come with the package, with and without DMax training.", flag_values=values,
         )  # fmt: skip
         flags.DEFINE_enum("method", method, list(POLICIES), "How blocks are decoded.", flag_values=values)
         flags.DEFINE_float(
@@ -47,7 +47,7 @@ class DecodingFlags:
         )
         flags.DEFINE_float("temperature", 0.0, "0 takes the best token, above 0 samples.", flag_values=values)
         flags.DEFINE_integer("seed", 0, "Seed of sampling.", flag_values=values)
-        flags.DEFINE_integer("gen_length", 256, "Answer tokens, rounded up to whole blocks.", flag_values=values)
+        flags.DEFINE_integer("gen_length", gen_length, "Answer tokens, rounded up to whole blocks.", flag_values=values)
         flags.DEFINE_integer("block_length", 32, "Positions decoded together.", flag_values=values)
         flags.DEFINE_integer("batch_size", batch_size, "Prompts decoded together.", flag_values=values)
         flags.DEFINE_enum(
@@ -82,7 +82,7 @@ class DecodingFlags:
     def load(self) -> LoadedModel:
         """Loads checkpoint and tokenizer; raises InputError for anything wrong with them."""
         values = self._values
-        directory = pathlib.Path(values.checkpoint)
+        directory = {"demo": DEMO, "demo_base": DEMO_BASE}.get(values.checkpoint) or pathlib.Path(values.checkpoint)
         mesh = make_mesh(parse_mesh(values.mesh)) if values.mesh else None
         config, params = load_checkpoint(
             directory, values.dtype, mesh, mask_token_id=values.mask_id, eos_token_id=values.eos_id
@@ -102,6 +102,10 @@ class DecodingFlags:
             "block_length": values.block_length,
             "batch_size": values.batch_size,
             "seed": values.seed,
+            "dtype": values.dtype,
+            "mesh": values.mesh,
+            "eos_id": values.eos_id,
+            "mask_id": values.mask_id,
             "device": jax.devices()[0].device_kind,
         }
 

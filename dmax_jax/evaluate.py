@@ -20,12 +20,12 @@ from dmax_jax.decoding.policies import Policy
 from dmax_jax.decoding_flags import DecodingFlags, LoadedModel
 from dmax_jax.errors import InputError
 from dmax_jax.evaluation.metrics import area_under_parallelism, measure, total_seconds
-from dmax_jax.evaluation.report import Result, prepare_output, table, to_json, write_json
+from dmax_jax.evaluation.report import Result, table, to_json
 from dmax_jax.evaluation.tasks import Problem, load_problems, score
+from dmax_jax.output_file import prepare_output, write_json
 
 FLAGS = flags.FlagValues()
-DECODING = DecodingFlags(FLAGS, batch_size=64)
-FLAGS.set_default("gen_length", 128)
+DECODING = DecodingFlags(FLAGS, batch_size=64, gen_length=128)
 TASK = flags.DEFINE_string(
     "task", None, "Name of a generated task (stories: its test split), or a .jsonl file with question and answer.",
     required=True, flag_values=FLAGS,

@@ -6,8 +6,6 @@ decoding at 0.95, temperature 0. Unfinished answers are dropped; right and wrong
 """
 
 import json
-import os
-import pathlib
 import sys
 
 from absl import flags
@@ -17,9 +15,11 @@ from dmax_jax import command
 from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.data.examples import read_rows
 from dmax_jax.data.tasks import get_task
+from dmax_jax.data.tokenizer import Messages
 from dmax_jax.decoding.batch import decode_prompts
 from dmax_jax.decoding_flags import DecodingFlags
 from dmax_jax.errors import InputError
+from dmax_jax.output_file import prepare_output, whole_file
 
 FLAGS = flags.FlagValues()
 DECODING = DecodingFlags(FLAGS, method="threshold", batch_size=64)
@@ -32,17 +32,14 @@ OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.", required=Tr
 
 def main() -> None:
     rows = questions()
-    policy, settings = DECODING.policy(), DECODING.settings()
+    policy, settings, output = DECODING.policy(), DECODING.settings(), prepare_output(OUTPUT.value)
     use_compilation_cache()
     model = DECODING.load()
     if model.tokenizer is None:
         raise InputError(f"{model.directory}: tokenizer.json is missing; questions are text")
-    prompts = [model.tokenizer.encode_prompt(row.get("messages") or row["question"]) for row in rows]
-    output = pathlib.Path(OUTPUT.value)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
+    prompts = [model.tokenizer.encode_prompt(asked(row)) for row in rows]
     kept = 0
-    with partial.open("w") as file:
+    with whole_file(output) as file:
         answers = decode_prompts(model.params, model.config, prompts, policy, settings)
         for row, answer in zip(rows, tqdm(answers, total=len(rows), unit="answer"), strict=True):
             if answer.generated_tokens == len(answer.token_ids):
@@ -50,7 +47,6 @@ def main() -> None:
             text = model.tokenizer.decode(answer.answer_ids)
             file.write(json.dumps(with_answer(row, text)) + "\n")
             kept += 1
-    os.replace(partial, output)
     print(f"{kept} answers of {len(rows)} prompts ({len(rows) - kept} unfinished) in {output}", file=sys.stderr)
 
 
@@ -66,11 +62,15 @@ def questions() -> list[dict]:
     return [row(DATA_SEED.value, index, "train") for index in range(SAMPLES.value)]
 
 
+def asked(row: dict) -> str | Messages:
+    """The row's question, or its conversation without the assistant's last turn."""
+    return row["messages"][:-1] if "messages" in row else row["question"]
+
+
 def with_answer(row: dict, text: str) -> dict:
-    """The row with the model's answer in the place of any other."""
+    """The row with the model's answer in the place of its own."""
     if "messages" in row:
-        asked = [message for message in row["messages"] if message["role"] != "assistant"]
-        return {"messages": [*asked, {"role": "assistant", "content": text}]}
+        return {"messages": [*asked(row), {"role": "assistant", "content": text}]}
     return {"question": row["question"], "answer": text}
 
 

@@ -27,13 +27,19 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of states and metrics; made if missing.", required=True, flag_values=FLAGS
 )
 DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Join the other processes of a cluster first (jax.distributed).", flag_values=FLAGS
+    "distributed", False, "Join the other processes of the run first; Slurm, Kubernetes jobs and MPI are recognised.",
+    flag_values=FLAGS,
+)  # fmt: skip
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "With --distributed where nothing is recognised: HOST:PORT of process 0.", flag_values=FLAGS
 )
+PROCESSES = flags.DEFINE_integer("processes", None, "With --coordinator: number of processes.", flag_values=FLAGS)
+PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: number of this process.", flag_values=FLAGS)
 
 
 def main(overrides: Sequence[tuple[str, str]] = ()) -> None:
     if DISTRIBUTED.value:
-        jax.distributed.initialize()
+        jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     run = load_config(CONFIG.value, overrides)
     if not train(run, pathlib.Path(WORKDIR.value), DEMO):
         print(f"stopped; the same command with --workdir={WORKDIR.value} goes on", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,11 @@ def small_params(seed: int = 0) -> Params:
     def values(spec: ParamSpec) -> jax.Array:
         if spec.init == "normal":
             return jnp.asarray(SMALL.initializer_range * rng.normal(size=spec.shape), jnp.float32)
-        return jnp.full(spec.shape, {"ones": 1.0, "zeros": 0.0}[spec.init])
+        return jnp.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], jnp.float32)
 
     return jax.tree.map(values, param_specs(SMALL))
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    with np.load(path) as file:
+        return dict(file)

@@ -3,3 +3,4 @@
 import pathlib
 
 DEMO = pathlib.Path(__file__).parent / "stories"
+DEMO_BASE = pathlib.Path(__file__).parent / "stories_base"

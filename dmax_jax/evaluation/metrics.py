@@ -15,7 +15,7 @@ Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 class Metrics:
     """Figures of one run over a set; accuracies are in percent."""
 
-    samples: int
+    problems: int
     accuracy: float
     accuracy_low: float  # 95 % interval
     accuracy_high: float
@@ -34,7 +34,7 @@ def measure(samples: Sequence[Sample], seconds: float) -> Metrics:
     tokens, forwards = (sum(getattr(s, name) for s in samples) for name in ("generated_tokens", "forwards"))
     low, high = wilson_interval(correct, n)
     return Metrics(
-        samples=n,
+        problems=n,
         accuracy=100 * correct / n,
         accuracy_low=100 * low,
         accuracy_high=100 * high,

@@ -1,9 +1,6 @@
 """Results for people (a table) and for programs (JSON)."""
 
 import dataclasses
-import json
-import os
-import pathlib
 import platform
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +9,6 @@ import jax
 import jaxlib
 
 import dmax_jax
-from dmax_jax.errors import InputError
 from dmax_jax.evaluation.answers import Sample
 from dmax_jax.evaluation.metrics import Metrics
 
@@ -67,24 +63,3 @@ def _cells(threshold: float, metrics: Metrics) -> tuple[str, ...]:
         f"{metrics.tps:.1f}",
         f"{100 * metrics.finished:.1f}",
     )
-
-
-def prepare_output(name: str) -> pathlib.Path:
-    """Makes the directory of a file that is to be written after long work; raises InputError if it can't be written."""
-    path = pathlib.Path(name)
-    if path.is_dir():
-        raise InputError(f"--output={name} is a directory; name a file")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--output={name}: its directory can't be made: {error.strerror}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--output={name}: its directory is not writable")
-    return path
-
-
-def write_json(path: pathlib.Path, value: Any, *, indent: int | None = None) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -8,7 +8,7 @@ from dmax_jax.config import DataConfig
 from dmax_jax.data.loader import make_loader
 from dmax_jax.errors import InputError
 
-STORIES = DataConfig(task="stories", samples=20, sequence_length=160)
+STORIES = DataConfig(task="stories", samples=20, sequence_length=192)
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def assert_same(a, b):
 def test_shapes_and_content(make, tokenizer):
     batch = next(make(accumulation=4))
     assert {field: (str(a.dtype), a.shape) for field, a in batch._asdict().items()} == {
-        "tokens": ("int32", (4, 2, 160)),
+        "tokens": ("int32", (4, 2, 192)),
         "prompt_length": ("int32", (4, 2)),
         "index": ("int32", (4, 2)),
         "epoch": ("int32", (4, 2)),
@@ -83,13 +83,13 @@ def test_going_on_after_a_restart_changes_nothing(make):
 def test_two_processes_share_the_batch_of_one(make, alternating):
     whole = take(make(alternating=alternating), 4)
     halves = [take(make(alternating=alternating, process_index=p, process_count=2), 4) for p in (0, 1)]
-    assert halves[0][0].tokens.shape == (2, 2, 160)
+    assert halves[0][0].tokens.shape == (2, 2, 192)
     joined = [type(a)(*(np.concatenate(pair, axis=1) for pair in zip(a, b, strict=True))) for a, b in zip(*halves)]  # noqa: B905
     assert_same(joined, whole)
 
 
 def test_worker_processes_change_nothing(make):
-    data = DataConfig(task="stories", samples=20, sequence_length=160, workers=1)
+    data = DataConfig(task="stories", samples=20, sequence_length=192, workers=1)
     assert_same(take(make(data), 4), take(make(), 4))
 
 
@@ -112,12 +112,12 @@ def test_rows_of_a_file_that_do_not_fit_are_dropped_and_counted(make, tmp_path):
     loader = make(DataConfig(path=str(file), sequence_length=32), batch_size=3, accumulation=1)
     assert (loader.samples, loader.dropped) == (9, 3)
     assert sorted(np.concatenate([batch.index.ravel() for batch in take(loader, 3)])) == list(range(9))
-    with pytest.raises(InputError, match="no row fits"):
+    with pytest.raises(InputError, match="sequence_length=16 is too short"):
         make(DataConfig(path=str(file), sequence_length=16))
 
 
 def test_a_task_that_does_not_fit_says_what_it_needs(make):
-    with pytest.raises(InputError, match=r"sequence_length=64 is too short for the task: sample \d+ needs \d+"):
+    with pytest.raises(InputError, match=r"sequence_length=64 is too short for stories: a sample needs \d+ positions"):
         next(make(DataConfig(task="stories", samples=20, sequence_length=64)))
 
 

@@ -14,8 +14,9 @@ from dmax_jax.errors import InputError
 PINNED = {
     "question": "Tom has 11 shells and Emma has 17. All their shells are spread evenly over 4 plates. "
     "How many shells does one plate hold?",
-    "answer": "The two own 28 shells, because 11 + 17 = 28. "
-    "Split 4 ways, 28 shells come to 7 each, since 28 / 4 = 7.\n#### 7",
+    "answer": "We can work this out step by step. The two own 28 shells, because 11 + 17 = 28. "
+    "With this we know enough for the next part. Split 4 ways, 28 shells come to 7 each, since 28 / 4 = 7. "
+    "Now we know the answer, and it is 7.\n#### 7",
 }
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 

@@ -26,7 +26,7 @@ def test_figures_of_a_run():
     metrics = measure(samples, seconds=5.0)
     low, high = wilson_interval(3, 4)
     assert dataclasses.asdict(metrics) == {
-        "samples": 4,
+        "problems": 4,
         "accuracy": 75.0,
         "accuracy_low": 100 * low,
         "accuracy_high": 100 * high,

@@ -1,15 +1,12 @@
-import json
 import platform
 
 import jax
-import pytest
 
-from dmax_jax.errors import InputError
 from dmax_jax.evaluation.metrics import Metrics
-from dmax_jax.evaluation.report import Result, environment, prepare_output, table, write_json
+from dmax_jax.evaluation.report import Result, environment, table
 
 METRICS = Metrics(
-    samples=1000,
+    problems=1000,
     accuracy=92.1,
     accuracy_low=90.26,
     accuracy_high=93.61,
@@ -36,20 +33,3 @@ def test_environment():
     assert environment()["jax"] == jax.__version__
     assert environment()["device"] == jax.devices()[0].device_kind
     assert set(environment()) == {"dmax_jax", "jax", "jaxlib", "python", "device"}
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = prepare_output(str(tmp_path / "new" / "out.json"))
-    write_json(path, {"text": "ä"})
-    with pytest.raises(TypeError):
-        write_json(path, object())
-    assert json.loads(path.read_text(encoding="utf-8")) == {"text": "ä"}
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_what_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a directory"):
-        prepare_output(str(tmp_path))
-    with pytest.raises(InputError, match="can't be made"):
-        prepare_output(str(tmp_path / "file" / "out.json"))

@@ -10,7 +10,7 @@ from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.params import cast_params
 from dmax_jax.model.transformer import embed, transformer, unembed
 from tests.conftest import GOLDEN
-from tests.models import SMALL, golden_model, small_params
+from tests.models import SMALL, golden_model, load_arrays, small_params
 
 BLOCK = 4
 
@@ -39,7 +39,7 @@ def relative_error(found, expected) -> float:
 
 def test_logits_equal_the_official_code(golden):
     config, params = golden_model(golden.name)
-    expected = np.load(golden / "forward.npz")
+    expected = load_arrays(golden / "forward.npz")
     logits, _ = block_causal_logits(params, expected["block_causal_ids"], config)
     assert logits.dtype == jnp.float32
     assert relative_error(logits, expected["block_causal_logits"]) < 1e-4
@@ -47,7 +47,7 @@ def test_logits_equal_the_official_code(golden):
 
 def test_bfloat16_stays_close_to_float32():
     config, params = golden_model("calm")
-    expected = np.load(GOLDEN / "calm" / "forward.npz")
+    expected = load_arrays(GOLDEN / "calm" / "forward.npz")
     logits, out = block_causal_logits(cast_params(params, jnp.bfloat16), expected["block_causal_ids"], config)
     assert out.hidden_BTD.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32

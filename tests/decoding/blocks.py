@@ -1,0 +1,30 @@
+"""Hand-made blocks and logits for tests of single steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmax_jax.decoding.block import Block
+
+VOCABULARY, MASK, EOS = 12, 11, 10
+TABLE = np.random.default_rng(0).normal(size=(VOCABULARY, 6)).astype(np.float32)
+KEYS = jax.random.split(jax.random.key(0), 1)
+
+
+def embed(tokens):
+    return jnp.asarray(TABLE)[tokens]
+
+
+def make_block(tokens, active=None) -> Block:
+    """A block of one row; `active` is by default what is masked. As it stands after a step, if `active` is wider."""
+    tokens_BW = np.array([tokens], np.int32)
+    active_BW = tokens_BW == MASK if active is None else np.array([active], bool)
+    return Block(tokens_BW, active_BW, TABLE[tokens_BW], np.zeros(1, np.int32), np.zeros(1, bool))
+
+
+def make_logits(tokens, confidences) -> np.ndarray:
+    """Logits [1, W, V] under which each position predicts a token with a probability; the others share the rest."""
+    confidences = np.array(confidences, np.float64)
+    logits = np.repeat(np.log((1 - confidences) / (VOCABULARY - 1))[:, None], VOCABULARY, axis=1)
+    logits[np.arange(len(tokens)), tokens] = np.log(confidences)
+    return logits[None].astype(np.float32)

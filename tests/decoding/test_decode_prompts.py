@@ -1,0 +1,107 @@
+import dataclasses
+
+import jax
+import pytest
+
+from dmax_jax.decoding.batch import Answer, DecodeSettings, check_prompt, decode_prompts, prefill_bucket
+from dmax_jax.decoding.policies import SpdPolicy
+from dmax_jax.errors import InputError
+from tests.models import SMALL, small_params
+
+SETTINGS = DecodeSettings(gen_length=13, block_length=4, batch_size=2)
+POLICY = SpdPolicy(threshold=0.3, accept_threshold=0.6)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return small_params()
+
+
+def decode(params, prompts, policy=POLICY, **changes):
+    settings = dataclasses.replace(SETTINGS, **changes)
+    return list(decode_prompts(params, SMALL, prompts, policy, settings))
+
+
+@pytest.fixture
+def compilations():
+    """The names of what is compiled during the test."""
+    names = []
+
+    def note(event: str, seconds: float, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(details.get("fun_name"))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_a_known_shape_is_not_compiled_again(params, compilations):
+    prompts = [[1, 2, 3, 4, 5], [6]]
+    decode(params, prompts)
+    assert "jit(generate)" in compilations
+    compilations.clear()
+    decode(params, [[7, 8, 9, 10, 11, 12, 1], [1, 2], [6, 7, 8, 9]])  # the same bucket, and half a batch
+    decode(params, prompts, SpdPolicy(threshold=0.6, accept_threshold=0.8))
+    decode(params, prompts, gen_length=14, eos_id=3, mask_id=46, seed=2)
+    assert compilations == []
+
+
+@pytest.mark.parametrize(
+    ("length", "positions"), [(0, 0), (3, 0), (4, 4), (7, 4), (8, 8), (12, 16), (16, 16), (17, 16), (20, 32), (33, 32)]
+)
+def test_buckets_are_whole_blocks_in_powers_of_two(length, positions):
+    assert prefill_bucket(length, 4) == positions
+
+
+def test_answers_come_in_order_with_their_figures(params):
+    prompts = [[1, 2, 3, 4, 5], [6], [7, 8, 9, 10, 11]]
+    answers = decode(params, prompts, eos_id=39)
+    assert [answer.prompt_ids for answer in answers] == prompts
+    for answer, prompt in zip(answers, prompts, strict=True):
+        assert len(answer.token_ids) == -(-(len(prompt) + 13) // 4) * 4 - len(prompt)
+        assert answer.answer_ids == answer.token_ids[: answer.generated_tokens]
+        assert 39 not in answer.answer_ids
+        assert answer.token_ids[answer.generated_tokens :][:1] in ([39], [])
+        assert answer.tps == answer.generated_tokens / answer.seconds
+        assert answer.trace is None
+    assert {answer.generated_tokens < len(answer.token_ids) for answer in answers} == {True, False}
+    assert answers[0].seconds == answers[1].seconds != answers[2].seconds  # of the whole batch
+
+
+def test_tokens_per_forward_count_the_prefill():
+    answer = Answer([1], [5, 6, 7, 9, 9], generated_tokens=3, forwards=5, seconds=2.0, trace=None)
+    assert (answer.tpf, answer.tps, answer.answer_ids) == (0.5, 1.5, [5, 6, 7])
+
+
+def test_no_prompts_no_answers(params):
+    assert decode(params, []) == []
+
+
+@pytest.mark.parametrize(
+    ("bad", "changes", "message"),
+    [
+        ([], {}, "prompt 1 is empty"),
+        ([3, 48], {}, "prompt 1 has id 48, outside the vocabulary of 48"),
+        ([3, -1], {}, "prompt 1 has id -1, outside the vocabulary of 48"),
+        ([3, SMALL.mask_token_id], {}, "prompt 1 has the mask id 47"),
+        ([3, 8], {"mask_id": 8}, "prompt 1 has the mask id 8"),
+        ([3] * 116, {}, r"prompt 1 of 116 tokens with gen_length=13 needs 132 positions .* the model has 128"),
+    ],
+)
+def test_a_prompt_that_cannot_be_decoded_is_named_before_anything_is_decoded(params, bad, changes, message):
+    settings = dataclasses.replace(SETTINGS, batch_size=1, **changes)
+    with pytest.raises(InputError, match=message):
+        next(decode_prompts(params, SMALL, [[1, 2, 3], bad], POLICY, settings))
+
+
+def test_the_longest_prompt_that_fits_is_not_refused():
+    check_prompt([3] * 115, 0, SMALL, SETTINGS)
+
+
+@pytest.mark.parametrize("name", ["gen_length", "block_length", "batch_size"])
+def test_senseless_settings_are_refused(name):
+    with pytest.raises(InputError, match=f"{name}=0 must be at least 1"):
+        DecodeSettings(**{name: 0})
+    with pytest.raises(InputError, match="seed=-1"):
+        DecodeSettings(seed=-1)

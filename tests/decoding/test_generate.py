@@ -1,0 +1,163 @@
+"""Whole generations: with and without a cache, alone and in batches, on one device and on eight."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmax_jax.decoding.batch import DecodeSettings, decode_prompts
+from dmax_jax.decoding.block import enter_block
+from dmax_jax.decoding.generate import STEPS
+from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, SpdPolicy, ThresholdPolicy
+from dmax_jax.decoding_flags import parse_mesh
+from dmax_jax.model.masks import block_causal_mask
+from dmax_jax.model.params import cast_params, param_shardings
+from dmax_jax.model.transformer import embed, transformer, unembed
+from dmax_jax.sharding import DECODE, make_mesh
+from tests.models import SMALL, small_params
+
+WIDTH, GEN_LENGTH = 4, 13
+MASK = SMALL.mask_token_id
+SETTINGS = DecodeSettings(gen_length=GEN_LENGTH, block_length=WIDTH, batch_size=3, seed=5, trace=True, eos_id=13)
+# One prompt of each batch of three is longer than two blocks; the last batch has a row of padding.
+PROMPTS = [np.random.default_rng(n).integers(0, 44, n).tolist() for n in (10, 3, 8, 1, 11, 5, 9, 2)]
+POLICIES = {
+    "spd": SpdPolicy(threshold=0.3, accept_threshold=0.6),
+    "threshold": ThresholdPolicy(threshold=0.5),
+    "hierarchical": HierarchicalPolicy(threshold=0.5, low_threshold=0.1),
+    "credit": CreditPolicy(threshold=0.5),
+    "sampled spd": SpdPolicy(threshold=0.1, accept_threshold=0.4, temperature=0.7),
+}
+
+
+@pytest.fixture(scope="module")
+def params():
+    return small_params()
+
+
+def decode(params, policy, prompts=PROMPTS, **changes):
+    return list(decode_prompts(params, SMALL, prompts, policy, dataclasses.replace(SETTINGS, **changes)))
+
+
+@pytest.fixture(scope="module")
+def batched(params):
+    """The answers to all prompts by method, in batches of three."""
+    return {name: decode(params, policy) for name, policy in POLICIES.items()}
+
+
+@jax.jit
+def recomputed_logits(params, x_TD, start):
+    """Logits [1, W, V] of the block at `start`, from all positions at once."""
+    T = x_TD.shape[0]
+    out = transformer(params, x_TD[None], jnp.arange(T)[None], block_causal_mask(T, WIDTH), SMALL)
+    return unembed(params, jax.lax.dynamic_slice_in_dim(out.hidden_BTD, start, WIDTH, axis=1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_step(kind, params, block, logits_BWV, key, forward, policy):
+    keys_B = jax.random.fold_in(key, forward)[None]
+    return STEPS[kind](block, logits_BWV, keys_B, functools.partial(embed, params), policy, MASK)
+
+
+def decode_without_cache(params, prompt, policy, key, eos_id):
+    """The whole algorithm for one prompt as plain Python: tokens, forwards and trace."""
+    total = -(-(len(prompt) + GEN_LENGTH) // WIDTH) * WIDTH
+    table = np.asarray(params.embed)
+    tokens = np.full(28, MASK, np.int32)  # one length for all prompts; later blocks are invisible
+    tokens[: len(prompt)] = prompt
+    forwards, trace = 0, []
+    for start in range(len(prompt) // WIDTH * WIDTH, total, WIDTH):
+        own = slice(start, start + WIDTH)
+        credit = np.zeros((1, WIDTH, SMALL.vocab_size), np.float32) if isinstance(policy, CreditPolicy) else None
+        block = enter_block(tokens[None, own], lambda ids: table[ids], MASK, credit)
+        for step in range(WIDTH):
+            x_TD = table[tokens]
+            x_TD[own] = block.embeddings_BWD[0]
+            logits = recomputed_logits(params, x_TD, start)
+            block = one_step(type(policy), params, block, logits, key, forwards, policy)
+            forwards += 1
+            decoded = np.array(block.tokens_BW[0])
+            leaves = bool(block.stopped_B[0]) or step == WIDTH - 1
+            if leaves:
+                others = np.array(logits[0])
+                others[:, MASK] = -np.inf
+                decoded = np.where(decoded == MASK, others.argmax(-1), decoded)
+            trace.append((start // WIDTH, step, decoded.tolist(), bool(block.stopped_B[0])))
+            if leaves:
+                break
+        tokens[own] = decoded
+        if eos_id in decoded[max(len(prompt) - start, 0) :]:
+            tokens[start + WIDTH :] = eos_id
+            break
+    return tokens[len(prompt) : total].tolist(), forwards, trace
+
+
+def outcome(answer):
+    trace = [(step.block, step.step, step.token_ids, step.stop) for step in answer.trace]
+    return answer.token_ids, answer.forwards, trace
+
+
+@pytest.mark.parametrize("method", POLICIES)
+def test_cache_and_batch_change_nothing(params, batched, method):
+    for index, (prompt, answer) in enumerate(zip(PROMPTS, batched[method], strict=True)):
+        key = jax.random.fold_in(jax.random.key(SETTINGS.seed), index)
+        expected = decode_without_cache(params, prompt, POLICIES[method], key, SETTINGS.eos_id)
+        assert outcome(answer) == expected, prompt
+        assert answer.prompt_ids == prompt
+
+
+def test_the_cases_are_worth_comparing(batched):
+    """Rows end early and late, blocks stop early and late, and the methods differ."""
+    for method, answers in batched.items():
+        ended = [answer.generated_tokens < len(answer.token_ids) for answer in answers]
+        assert 1 < sum(ended) < len(answers), method
+        lengths = {len(block) for answer in answers for block in blocks_of(answer)}
+        assert {min(lengths) < WIDTH, max(lengths) == WIDTH} == {True}, method
+    assert len({tuple(answer.forwards for answer in answers) for answers in batched.values()}) == len(POLICIES)
+
+
+def blocks_of(answer) -> list[list]:
+    return [list(steps) for _, steps in itertools.groupby(answer.trace, key=lambda step: step.block)]
+
+
+@pytest.mark.parametrize("order", [[7, 6, 5, 4, 3, 2, 1, 0], [2, 1, 3, 4, 7, 5, 0, 6]])
+def test_the_order_of_prompts_changes_nothing(params, batched, order):
+    answers = decode(params, POLICIES["spd"], [PROMPTS[index] for index in order])
+    assert [outcome(answer) for answer in answers] == [outcome(batched["spd"][index]) for index in order]
+
+
+@pytest.mark.parametrize(("batch_size", "prompts"), [(1, [1, 3, 7]), (8, range(8))])
+def test_the_size_of_a_batch_changes_nothing(params, batched, batch_size, prompts):
+    answers = decode(params, POLICIES["spd"], [PROMPTS[index] for index in prompts], batch_size=batch_size)
+    assert [outcome(answer) for answer in answers] == [outcome(batched["spd"][index]) for index in prompts]
+
+
+def test_eight_devices_give_the_same_tokens(params, batched):
+    mesh = make_mesh(parse_mesh("data:2,expert:2,tensor:2"))
+    spread = jax.device_put(params, param_shardings(SMALL, mesh, DECODE))
+    assert len(spread.layers[1].mlp.experts.gate.devices()) == 8
+    answers = decode(spread, POLICIES["spd"])
+    assert [outcome(answer) for answer in answers] == [outcome(answer) for answer in batched["spd"]]
+
+
+def test_a_draw_depends_on_seed_and_index_and_not_on_neighbours(params, batched):
+    policy, expected = POLICIES["sampled spd"], [outcome(answer) for answer in batched["sampled spd"]]
+    assert [outcome(answer) for answer in decode(params, policy, PROMPTS[:3])] == expected[:3]
+    others = [PROMPTS[4], PROMPTS[1], PROMPTS[6]]
+    assert outcome(decode(params, policy, others)[1]) == expected[1]
+    elsewhere = decode(params, policy, [PROMPTS[0]] * 3)
+    assert outcome(elsewhere[0]) == expected[0]
+    assert len({tuple(answer.token_ids) for answer in elsewhere}) == 3  # one prompt, three draws
+    assert decode(params, policy, PROMPTS[:3], seed=6)[0].token_ids != expected[0][0]
+
+
+def test_bfloat16_weights_decode_and_neighbours_change_nothing(params):
+    narrow = cast_params(params, jnp.bfloat16)
+    expected = [outcome(answer) for answer in decode(narrow, POLICIES["spd"], PROMPTS[:3])]
+    reversed_order = [outcome(answer) for answer in decode(narrow, POLICIES["spd"], PROMPTS[2::-1])]
+    assert reversed_order[::-1] == expected
+    assert all(MASK not in tokens for tokens, _, _ in expected)

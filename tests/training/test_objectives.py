@@ -1,0 +1,308 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmax_jax.checkpoint.names import tensor_names
+from dmax_jax.training.batch import Batch, supervised_positions
+from dmax_jax.training.corruption import draw_masks, random_tokens, sample_keys
+from dmax_jax.training.objectives import (
+    OBJECTIVES,
+    Problem,
+    loss_gradients,
+    objective_gradients,
+    oput_alternating,
+    oput_joint,
+    roll_out,
+    two_stream_forward,
+)
+from tests.models import SMALL, golden_model, load_arrays, small_params
+from tests.training.batches import BLOCK, LENGTH, PADDING, ROWS, make_batch, make_problem
+
+PROBLEM = make_problem()
+KEY = jax.random.key(11)
+MASK = SMALL.mask_token_id
+
+gradients = jax.jit(loss_gradients, static_argnames="problem")
+forward = jax.jit(two_stream_forward, static_argnames="problem")
+rolled = jax.jit(roll_out, static_argnames=("problem", "steps"))
+
+
+@dataclasses.dataclass
+class Case:
+    """A batch with its noise; some of its masked tokens are what the model predicts there."""
+
+    batch: Batch
+    keys: jax.Array
+    masked: jax.Array
+    rate: jax.Array
+    supervised: np.ndarray
+
+    @property
+    def weights(self) -> jax.Array:
+        return jnp.asarray(mean_weights(self.supervised), jnp.float32)
+
+    @property
+    def masked_inputs(self) -> np.ndarray:
+        return np.where(self.masked, MASK, self.batch.tokens_BT).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return small_params()
+
+
+@pytest.fixture(scope="module")
+def case(params) -> Case:
+    batch = make_batch()
+    keys = sample_keys(KEY, batch)
+    masked, rate = jax.jit(draw_masks)(batch, keys, 0.5, 0.8)
+    predictable = np.asarray(masked & (batch.tokens_BT != SMALL.eos_token_id)) & (np.arange(LENGTH) % 2 == 0)
+    for block in range(0, LENGTH, BLOCK):  # a block's predictions depend on the clean tokens of earlier blocks
+        inputs = jnp.where(masked, MASK, batch.tokens_BT)
+        best = forward(params, inputs, batch.tokens_BT, problem=PROBLEM).logits_BTV.argmax(-1)
+        here = predictable & (np.arange(LENGTH) // BLOCK == block // BLOCK)
+        batch = batch.replace(tokens_BT=jnp.where(here, best, batch.tokens_BT).astype(jnp.int32))
+    return Case(batch, keys, masked, rate, np.asarray(supervised_positions(batch, SMALL.eos_token_id, PADDING)))
+
+
+def mean_weights(chosen):
+    return chosen / np.maximum(chosen.sum(1, keepdims=True), 1)
+
+
+def assert_close_trees(found, expected, tolerance):
+    """Every leaf within a relative norm; leaves that should be zero are zero."""
+
+    def check(path, a, b):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b), jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(check, found, expected)
+
+
+def golden_gradients(path, config):
+    """The gradients as a parameter tree; the bias of the router has none."""
+    tensors = load_arrays(path)
+
+    def read(stored):
+        parts = [tensors.pop(name, np.zeros(config.num_experts)) for name in stored.tensors]
+        return np.stack(parts) if stored.experts else parts[0]
+
+    tree = jax.tree.map(read, tensor_names(config))
+    assert not tensors
+    return tree
+
+
+def test_losses_rollout_and_gradients_equal_the_official_code(golden):
+    config, params = golden_model(golden.name)
+    expected = load_arrays(golden / "oput.npz")
+    clean, noisy, labels = expected["clean"], expected["noisy"], expected["labels"]
+    problem = Problem(config, PROBLEM.objective, int(expected["block_length"]), "float32")
+    batch = jax.tree.map(lambda leaf: leaf[:2], make_batch()).replace(tokens_BT=clean)
+    weights, keys = mean_weights(labels >= 0).astype(np.float32), jax.random.split(KEY, 2)
+    run = functools.partial(gradients, params, batch=batch, weights_BT=weights, keys_B=keys, problem=problem)
+
+    (_, first), _ = run(noisy)
+    masks = noisy == config.mask_token_id
+    predicted = np.where(masks, first.drawn_BT, noisy)
+    np.testing.assert_array_equal(predicted[masks], expected["rollout_argmax"][masks])
+    np.testing.assert_array_equal(np.where(expected["on_policy"][:, None], predicted, noisy), expected["inputs"])
+    (_, second), _ = run(predicted)
+    np.testing.assert_allclose(first.loss_B, expected["masked_loss"], rtol=1e-4)
+    np.testing.assert_allclose(second.loss_B, expected["predicted_loss"], rtol=1e-4)
+
+    (loss, seen), grads = run(expected["inputs"])
+    np.testing.assert_allclose(seen.loss_B, expected["loss_per_sequence"], rtol=1e-4)
+    np.testing.assert_allclose(loss, expected["loss_per_sequence"].mean(), rtol=1e-4)
+    assert_close_trees(grads, golden_gradients(golden / "oput_grads.npz", config), 1e-3)
+
+
+def manual_rollout(params, case, steps):
+    inputs = case.masked_inputs
+    for _ in range(steps):
+        best = forward(params, inputs, case.batch.tokens_BT, problem=PROBLEM).logits_BTV.argmax(-1)
+        inputs = np.where(case.masked, best, inputs).astype(np.int32)
+    return inputs
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_joint_gradients_are_the_sum_of_two_losses(params, case, steps):
+    batch, problem = case.batch, make_problem(rollout_steps=steps)
+    found = jax.jit(oput_joint, static_argnames="problem")(params, batch, case.masked, case.keys, problem=problem)
+
+    predicted = manual_rollout(params, case, steps)
+    loss_of = functools.partial(gradients, params, batch=batch, weights_BT=case.weights, keys_B=case.keys)
+    (first_loss, first), first_grads = loss_of(case.masked_inputs, problem=PROBLEM)
+    (second_loss, second), second_grads = loss_of(predicted, problem=PROBLEM)
+    assert_close_trees(found.grads, jax.tree.map(jnp.add, first_grads, second_grads), 1e-5)
+    np.testing.assert_allclose(found.metrics["masked_loss"], first_loss, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["predicted_loss"], second_loss, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["loss"], first_loss + second_loss, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, found.loads, jax.tree.map(jnp.add, first.loads, second.loads))
+
+    chosen, right = case.supervised & np.asarray(case.masked), predicted == batch.tokens_BT
+    np.testing.assert_allclose(found.metrics["rollout_accuracy"], right[chosen].mean(), rtol=1e-6)
+    repaired = np.asarray(second.argmax_BT == batch.tokens_BT)[chosen & ~right]
+    np.testing.assert_allclose(found.metrics["repaired"], repaired.mean(), rtol=1e-6)
+    assert 0 < right[chosen].mean() < 1
+
+
+def test_alternating_gradients_are_those_of_one_loss_per_row(params, case):
+    batch = case.batch
+    run = jax.jit(oput_alternating, static_argnames="problem")
+    run = functools.partial(run, params, masked_BT=case.masked, keys_B=case.keys, problem=make_problem(rollout_steps=2))
+    found = run(batch=batch)
+    on_policy = np.asarray(batch.on_policy_B)
+    inputs = np.where(on_policy[:, None], manual_rollout(params, case, 2), case.masked_inputs)
+    (loss, seen), grads = gradients(params, inputs, batch, case.weights, case.keys, problem=PROBLEM)
+    assert_close_trees(found.grads, grads, 1e-5)
+    np.testing.assert_allclose(found.metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["masked_loss"], seen.loss_B[~on_policy].mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["predicted_loss"], seen.loss_B[on_policy].mean(), rtol=1e-6)
+    chosen = case.supervised & np.asarray(case.masked) & on_policy[:, None]
+    right = inputs == batch.tokens_BT
+    np.testing.assert_allclose(found.metrics["rollout_accuracy"], right[chosen].mean(), rtol=1e-6)
+
+    off = run(batch=batch.replace(on_policy_B=jnp.zeros(ROWS, bool)))
+    (loss, _), grads = gradients(params, case.masked_inputs, batch, case.weights, case.keys, problem=PROBLEM)
+    assert_close_trees(off.grads, grads, 1e-5)
+    np.testing.assert_allclose(off.metrics["loss"], loss, rtol=1e-6)
+
+
+def count_products(function, *args) -> int:
+    """Matrix products in a function, those of loops and branches once each."""
+
+    def walk(jaxpr) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            total += equation.primitive.name in ("dot_general", "ragged_dot_general")
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    inner = getattr(inner, "jaxpr", inner)
+                    total += walk(inner) if hasattr(inner, "eqns") else 0
+        return total
+
+    return walk(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rollout_steps", "losses", "forwards"),
+    [("joint", 1, 2, 0), ("joint", 3, 2, 1), ("alternating", 1, 1, 1), ("alternating", 3, 1, 1)],
+)
+def test_the_rollout_is_outside_the_differentiated_function(params, case, schedule, rollout_steps, losses, forwards):
+    """A rollout adds forwards (a loop's body counts once) and no backward; its first step may be the masked loss's."""
+    clean = case.batch.tokens_BT
+    problem = make_problem(schedule=schedule, rollout_steps=rollout_steps)
+    total = count_products(lambda p: OBJECTIVES["oput"](p, case.batch, case.masked, None, case.keys, problem), params)
+    loss = count_products(lambda p: loss_gradients(p, clean, case.batch, case.weights, case.keys, PROBLEM), params)
+    one_forward = count_products(lambda p: two_stream_forward(p, clean, clean, PROBLEM), params)
+    assert loss > 2 * one_forward > 0
+    assert total == losses * loss + forwards * one_forward
+
+
+def test_a_rollout_predicts_masked_positions_again_and_again(params, case):
+    found = rolled(params, case.masked_inputs, case.batch, case.masked, case.keys, problem=PROBLEM, steps=2)
+    np.testing.assert_array_equal(found, manual_rollout(params, case, 2))
+    assert (found != manual_rollout(params, case, 1)).any()
+    np.testing.assert_array_equal(found[~case.masked], case.batch.tokens_BT[~case.masked])
+
+
+def test_only_a_sampled_rollout_depends_on_the_keys(params, case):
+    other_keys = jax.random.split(jax.random.key(1), ROWS)
+    roll = functools.partial(rolled, params, case.masked_inputs, case.batch, case.masked, steps=2)
+    np.testing.assert_array_equal(roll(case.keys, problem=PROBLEM), roll(other_keys, problem=PROBLEM))
+    sampled = make_problem(rollout="sample")
+    np.testing.assert_array_equal(roll(case.keys, problem=sampled), roll(case.keys, problem=sampled))
+    assert (roll(case.keys, problem=sampled) != roll(other_keys, problem=sampled)).any(axis=1).all()
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "problem"))
+def metrics_of(kind, params, batch, masked, rate, keys, problem):
+    return OBJECTIVES[kind](params, batch, masked, rate, keys, problem).metrics  # XLA drops the gradients
+
+
+def run(kind, params, case, **objective):
+    return metrics_of(kind, params, case.batch, case.masked, case.rate, case.keys, make_problem(**objective))
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def cross_entropy(log_probs, tokens):
+    return -np.take_along_axis(log_probs, np.asarray(tokens)[:, :, None], 2)[:, :, 0]
+
+
+def mean_over(values, chosen):
+    """Mean over each sequence's chosen positions (0 if there are none), then over sequences."""
+    return (values * mean_weights(chosen)).sum(1).mean()
+
+
+def test_masked_diffusion(params, case):
+    logits = forward(params, case.masked_inputs, case.batch.tokens_BT, problem=PROBLEM).logits_BTV
+    entropy = cross_entropy(log_softmax(logits), case.batch.tokens_BT)
+    chosen = case.supervised & np.asarray(case.masked)
+    plain = run("mdlm", params, case)
+    np.testing.assert_allclose(plain["loss"], mean_over(entropy, chosen), rtol=1e-5)
+    right = np.asarray(logits.argmax(-1) == case.batch.tokens_BT)
+    np.testing.assert_allclose(plain["accuracy"], right[chosen].mean(), rtol=1e-6)
+    weighted = run("mdlm", params, case, inverse_rate_weight=True)
+    by_row = (entropy * chosen).sum(1) / case.supervised.sum(1) / case.rate
+    np.testing.assert_allclose(weighted["loss"], by_row.mean(), rtol=1e-5)
+
+
+def test_certainty_forcing(params, case):
+    logits = forward(params, case.masked_inputs, case.batch.tokens_BT, problem=PROBLEM).logits_BTV
+    log_probs = log_softmax(logits)
+    chosen = case.supervised & np.asarray(case.masked)
+    right = chosen & np.asarray(logits.argmax(-1) == case.batch.tokens_BT)
+    assert 0 < right.sum() < chosen.sum()
+    certainty = mean_over(-(np.exp(log_probs) * log_probs).sum(-1), right)
+    found = run("dparallel", params, case, certainty=0.7)
+    expected = mean_over(cross_entropy(log_probs, case.batch.tokens_BT), chosen) + 0.7 * certainty
+    np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
+
+
+def test_uniform_diffusion(params, case):
+    drawn = random_tokens(case.keys, LENGTH, SMALL.vocab_size)
+    inputs = jnp.where(case.masked, drawn, case.batch.tokens_BT)
+    logits = forward(params, inputs, case.batch.tokens_BT, problem=PROBLEM).logits_BTV
+    entropy = cross_entropy(log_softmax(logits), case.batch.tokens_BT)
+    np.testing.assert_allclose(run("uniform", params, case)["loss"], mean_over(entropy, case.supervised), rtol=1e-5)
+
+
+def test_a_sequence_without_masks_costs_nothing(params, case):
+    """Rather than a division by zero."""
+    none = dataclasses.replace(case, masked=jnp.zeros_like(case.masked))
+    assert run("mdlm", params, none)["loss"] == 0
+    assert np.isfinite(run("dparallel", params, none)["loss"])
+
+
+def test_noise_follows_from_key_and_batch(params, case):
+    @jax.jit
+    def loss(key):
+        return objective_gradients(params, case.batch, key, make_problem(kind="mdlm")).metrics["loss"]
+
+    assert loss(KEY) == run("mdlm", params, case)["loss"]
+    assert loss(jax.random.key(12)) != loss(KEY)
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_gradients_are_float32_whatever_the_computation_is_in(params, case, kind):
+    found = jax.eval_shape(
+        lambda p: objective_gradients(p, case.batch, KEY, make_problem("bfloat16", kind=kind)), params
+    )
+    assert jax.tree.map(lambda leaf: leaf.shape, found.grads) == jax.tree.map(lambda leaf: leaf.shape, params)
+    assert {leaf.dtype for leaf in jax.tree.leaves((found.grads, found.metrics))} == {jnp.dtype(jnp.float32)}
+
+
+def test_bfloat16_gradients_point_where_those_of_float32_do(params, case):
+    args = (params, case.masked_inputs, case.batch, case.weights, case.keys)
+    (loss, _), grads = gradients(*args, problem=PROBLEM)
+    (narrow_loss, _), narrow = gradients(*args, problem=make_problem("bfloat16"))
+    a, b = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (grads, narrow))
+    assert abs(narrow_loss / loss - 1) < 0.01
+    assert a @ b > 0.99 * np.linalg.norm(a) * np.linalg.norm(b)
