@@ -17,7 +17,9 @@ def run(main: Callable[[], None], flag_values: flags.FlagValues, doc: str, argv:
     """
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "--helpfull"} & set(argv[1:]):
-        described = flag_values.get_help(include_special_flags=False).lstrip().split("\n", 1)[-1]  # drops the module's line
+        described = (
+            flag_values.get_help(include_special_flags=False).lstrip().split("\n", 1)[-1]
+        )  # drops the module's line
         print(f"{inspect.cleandoc(doc)}\n\nFlags:\n{described}")
         return
     try:
@@ -34,4 +36,3 @@ def run(main: Callable[[], None], flag_values: flags.FlagValues, doc: str, argv:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-

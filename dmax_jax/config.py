@@ -105,9 +105,7 @@ class DataConfig:
             bool(self.path) != bool(self.task),
             f"data: give exactly one of path={self.path!r} (JSONL) and task={self.task!r} (generator)",
         )
-        _require(
-            not self.task or self.samples > 0, f"data: task={self.task!r} needs samples > 0, not {self.samples}"
-        )
+        _require(not self.task or self.samples > 0, f"data: task={self.task!r} needs samples > 0, not {self.samples}")
         _require(self.sequence_length >= 1, f"data: sequence_length={self.sequence_length} must be at least 1")
         _require(self.workers >= 0, f"data: workers={self.workers} must not be negative")
 
@@ -253,7 +251,9 @@ def override(config: Any, name: str, text: str) -> Any:
     """Returns a copy of a dataclass with the field at a dotted name set from its text form."""
     head, _, rest = name.partition(".")
     fields = typing.get_type_hints(type(config))
-    _require(head in fields, f"--config.{name}: {type(config).__name__} has no field {head!r}; it has: {', '.join(fields)}")
+    _require(
+        head in fields, f"--config.{name}: {type(config).__name__} has no field {head!r}; it has: {', '.join(fields)}"
+    )
     current = getattr(config, head)
     if rest:
         _require(dataclasses.is_dataclass(current), f"--config.{name}: {head!r} has no fields")

@@ -30,11 +30,14 @@ class LoadedModel:
 class DecodingFlags:
     """Defines the flags in `flag_values`; the other methods read them after parsing."""
 
-    def __init__(self, flag_values: flags.FlagValues, *, method: str = "spd", batch_size: int = 1, gen_length: int = 256):
+    def __init__(
+        self, flag_values: flags.FlagValues, *, method: str = "spd", batch_size: int = 1, gen_length: int = 256
+    ):
         values = self._values = flag_values
         flags.DEFINE_string(
-            "checkpoint", "demo", "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; demo and "
-            "demo_base are the models that come with the package, with and without DMax training.", flag_values=values,
+            "checkpoint", "demo", "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; demo "
+            "and demo_base are the models that come with the package, with and without DMax training.",
+            flag_values=values,
         )  # fmt: skip
         flags.DEFINE_enum("method", method, list(POLICIES), "How blocks are decoded.", flag_values=values)
         flags.DEFINE_float(

@@ -32,8 +32,10 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes = {name: len(devices) // fixed if size == -1 else size for name, size in sizes.items()}
     total = math.prod(sizes.values())
     if not 1 <= total <= len(devices):
-        raise InputError(f"mesh data={config.data}, expert={config.expert}, tensor={config.tensor} needs "
-                         f"{max(total, fixed)} devices; there are {len(devices)}")
+        raise InputError(
+            f"mesh data={config.data}, expert={config.expert}, tensor={config.tensor} needs "
+            f"{max(total, fixed)} devices; there are {len(devices)}"
+        )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total]
     )

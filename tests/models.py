@@ -50,16 +50,21 @@ def golden_model(name: str) -> tuple[ModelConfig, Params]:
 
 
 @functools.cache
-def small_params(seed: int = 0) -> Params:
+def random_params(config: ModelConfig, seed: int = 0) -> Params:
     """Random weights as those of init_params, without its compilation."""
     rng = np.random.default_rng(seed)
 
-    def values(spec: ParamSpec) -> jax.Array:
+    def values(spec: ParamSpec) -> np.ndarray:
         if spec.init == "normal":
-            return jnp.asarray(SMALL.initializer_range * rng.normal(size=spec.shape), jnp.float32)
-        return jnp.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], jnp.float32)
+            return (config.initializer_range * rng.normal(size=spec.shape)).astype(np.float32)
+        return np.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], np.float32)
 
-    return jax.tree.map(values, param_specs(SMALL))
+    return jax.tree.map(values, param_specs(config))
+
+
+@functools.cache
+def small_params() -> Params:
+    return jax.tree.map(jnp.asarray, random_params(SMALL))
 
 
 def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:

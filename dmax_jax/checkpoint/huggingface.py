@@ -71,6 +71,8 @@ def save_params(
         for file, rows in progress(list(files.items())):
             save_file({name: _slice(leaves[leaf], expert) for name, leaf, expert in rows}, output / file,
                       metadata={"format": "pt"} | (metadata or {}))  # fmt: skip
+            # safetensors makes files that their owner alone may read; these get the mode of any other file.
+            (output / file).chmod((output / "config.json").stat().st_mode)
         if len(files) > 1:
             total = sum(leaf.nbytes for leaf in leaves)
             weight_map = {name: file for file, rows in files.items() for name, _, _ in rows}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
+
 from dmax_jax.config import DataConfig
 from dmax_jax.data.sources import Source, open_source
 from dmax_jax.data.tokenizer import Tokenizer
@@ -128,4 +129,6 @@ def make_loader(
 def _row(order: Order, source: Source, place: int) -> Batch:
     """Returns the row (a batch without axes A and B) at a place of the stream."""
     index, epoch, on_policy = order(place)
-    return Batch(source.tokens[index], source.prompt_length[index], np.int32(index), np.int32(epoch), np.bool_(on_policy))
+    return Batch(
+        source.tokens[index], source.prompt_length[index], np.int32(index), np.int32(epoch), np.bool_(on_policy)
+    )

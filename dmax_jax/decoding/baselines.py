@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from dmax_jax.decoding.block import Block, predict_tokens
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, ThresholdPolicy
 
-
 # The official code lowers its threshold to the best confidence less this, so near ties are committed together.
 TIE = 1e-5
 

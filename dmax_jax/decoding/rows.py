@@ -51,7 +51,8 @@ def record(rows: Rows, block: Block) -> Trace:
 def leave_blocks(rows: Rows, block: Block, left_B: jax.Array, embed, mask_id: int, eos_id: int) -> Rows:
     """Takes over a step's outcome: rows in `left_B` write their block and enter the next one, or are done.
 
-    An EOS in the decoded part of a block fills everything after the block with EOS. Rows that were done stay as they are.
+    An EOS in the decoded part of a block fills everything after the block with EOS. Rows that were done stay as they
+    are.
     """
     T, W = rows.tokens_BT.shape[1], block.tokens_BW.shape[1]
     at_BT = jnp.arange(T)[None] - rows.start_B[:, None]

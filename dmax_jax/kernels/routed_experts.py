@@ -1,4 +1,4 @@
-"""The routed experts of a layer on a flat list of rows: which implementation runs is decided here, not by the caller."""
+"""The routed experts of a layer on a flat list of rows; which implementation runs is decided here."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def routed_experts(
 
 def dense_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) -> jax.Array:
     """`routed_experts` by two dense products over all experts; the weight of an expert that is not chosen is zero."""
-    M, X = expert_ids_MX.shape
+    M = x_MD.shape[0]
     E, F, D = gate_EFD.shape
     chosen_MXE = jax.nn.one_hot(expert_ids_MX, E, dtype=weights_MX.dtype)
     weights_ME = jnp.einsum("mxe,mx->me", chosen_MXE, weights_MX)
@@ -36,8 +36,7 @@ def dense_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) -
 
 def ragged_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) -> jax.Array:
     """`routed_experts` by sorting the (row, expert) pairs by expert and one grouped product per matrix."""
-    M, X = expert_ids_MX.shape
-    E = gate_EFD.shape[0]
+    E, X = gate_EFD.shape[0], expert_ids_MX.shape[1]
     ids_P = expert_ids_MX.reshape(-1)  # P = M X pairs
     order_P = jnp.argsort(ids_P, stable=True)
     rows_P = order_P // X

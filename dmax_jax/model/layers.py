@@ -7,7 +7,7 @@ from dmax_jax.model.params import Mlp
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Normalises the last axis in float32, casts back, then scales by `weight` (in that order, as the official code)."""
+    """Normalises the last axis in float32, casts back, then scales by `weight`: the official code's order."""
     x32 = x.astype(jnp.float32)
     normal = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return normal.astype(x.dtype) * weight.reshape((1,) * (x.ndim - 1) + weight.shape)

@@ -6,9 +6,7 @@ import jax.numpy as jnp
 from dmax_jax.config import ModelConfig
 
 
-def route(
-    x_MD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, config: ModelConfig
-) -> tuple[jax.Array, jax.Array]:
+def route(x_MD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Returns each row's expert ids [M, X] and their weights [M, X] in float32.
 
     The bias steers the choice alone: groups are ranked by the sum of their two best biased scores, experts are taken

@@ -7,7 +7,7 @@ from flax import struct
 
 @struct.dataclass
 class Batch:
-    """Sequences padded with EOS. `index_B` and `epoch_B` name a sample's noise, `on_policy_B` its input if alternating."""
+    """Sequences padded with EOS. `index_B` and `epoch_B` name a sample's noise; `on_policy_B` is for `alternating`."""
 
     tokens_BT: jax.Array
     prompt_length_B: jax.Array

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dmax_jax.checkpoint.directory import copy_companions
 from dmax_jax.checkpoint.hf_config import read_config, write_config
-from dmax_jax.checkpoint.layout import load_checkpoint
+from dmax_jax.checkpoint.layout import detect_layout, load_checkpoint
 from dmax_jax.checkpoint.train_checkpoints import TrainCheckpoints
 from dmax_jax.config import ModelConfig, RunConfig
 from dmax_jax.data.loader import Loader, make_loader
@@ -41,7 +41,7 @@ def train(run: RunConfig, workdir: pathlib.Path, default_tokenizer: pathlib.Path
     """
     mesh = make_mesh(run.mesh)
     _check_rows(run, mesh)
-    model = run.model or read_config(run.initial_checkpoint)
+    model = run.model or _initial_config(run.initial_checkpoint)
     tokenizer_dir = pathlib.Path(run.data.tokenizer or run.initial_checkpoint or default_tokenizer)
     tokenizer = load_tokenizer(tokenizer_dir, model.mask_token_id)
     _prepare(run, model, tokenizer_dir, workdir)
@@ -64,6 +64,14 @@ def train(run: RunConfig, workdir: pathlib.Path, default_tokenizer: pathlib.Path
             return _steps(run, model, mesh, state, loader, checkpoints, stop, workdir)
         finally:
             loader.close()
+
+
+def _initial_config(directory: str) -> ModelConfig:
+    try:
+        detect_layout(directory)
+        return read_config(directory)
+    except InputError as error:
+        raise InputError(f"initial_checkpoint: {error}") from None
 
 
 def _check_rows(run: RunConfig, mesh: Mesh) -> None:

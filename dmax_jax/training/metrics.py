@@ -7,7 +7,7 @@ import tensorboardX
 
 
 class MetricWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard events; rows after `step`, of a run that is resumed, are dropped."""
+    """Appends to `metrics.jsonl` and to TensorBoard events; when a run resumes at `step`, later rows are dropped."""
 
     def __init__(self, workdir: pathlib.Path, step: int):
         path = workdir / "metrics.jsonl"

@@ -94,9 +94,7 @@ loss_gradients = jax.value_and_grad(sequence_loss, has_aux=True)
 def objective_gradients(params: Params, batch: Batch, key: jax.Array, problem: Problem) -> Gradients:
     """Gradients of the run's objective on one batch; see the functions in `OBJECTIVES`."""
     keys_B = sample_keys(key, batch)
-    masked_BT, rate_B = draw_masks(
-        batch, keys_B, problem.objective.mask_rate_low, problem.objective.mask_rate_high
-    )
+    masked_BT, rate_B = draw_masks(batch, keys_B, problem.objective.mask_rate_low, problem.objective.mask_rate_high)
     return OBJECTIVES[problem.objective.kind](params, batch, masked_BT, rate_B, keys_B, problem)
 
 
@@ -150,7 +148,9 @@ def oput_joint(params, batch: Batch, masked_BT, keys_B, problem: Problem) -> Gra
     masked_inputs_BT = _mask(batch, masked_BT, problem)
     (masked_loss, first), masked_grads = loss_gradients(params, masked_inputs_BT, batch, weights_BT, keys_B, problem)
     predicted_BT = jnp.where(masked_BT, first.drawn_BT, batch.tokens_BT)
-    predicted_BT = roll_out(params, predicted_BT, batch, masked_BT, keys_B, problem, problem.objective.rollout_steps - 1)
+    predicted_BT = roll_out(
+        params, predicted_BT, batch, masked_BT, keys_B, problem, problem.objective.rollout_steps - 1
+    )
     (predicted_loss, second), grads = loss_gradients(params, predicted_BT, batch, weights_BT, keys_B, problem)
     metrics = {
         "loss": masked_loss + predicted_loss,

@@ -72,7 +72,7 @@ def make_train_step(
 
 
 def accumulate(gradients: Callable[[Batch], Gradients], batch: Batch) -> Gradients:
-    """Means of gradients and metrics over the batch's leading axis, sums of loads, with one part in memory at a time."""
+    """Means of gradients and metrics over the batch's leading axis, sums of loads; one part in memory at a time."""
     parts = batch.tokens_BT.shape[0]
     if parts == 1:
         return gradients(jax.tree.map(lambda leaf: leaf[0], batch))
