@@ -241,24 +241,28 @@ def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> RunConf
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     _require(hasattr(module, "get_config"), f"--config={path}: the file defines no get_config()")
-    config = module.get_config()
-    for name, text in overrides:
-        config = override(config, name, text)
-    return config
+    return override(module.get_config(), overrides)
 
 
-def override(config: Any, name: str, text: str) -> Any:
-    """Returns a copy of a dataclass with the field at a dotted name set from its text form."""
-    head, _, rest = name.partition(".")
+def override(config: Any, overrides: Iterable[tuple[str, str]], prefix: str = "") -> Any:
+    """Returns a copy of a dataclass with the fields at dotted names set from their text, all of them at once."""
     fields = typing.get_type_hints(type(config))
-    _require(
-        head in fields, f"--config.{name}: {type(config).__name__} has no field {head!r}; it has: {', '.join(fields)}"
-    )
-    current = getattr(config, head)
-    if rest:
-        _require(dataclasses.is_dataclass(current), f"--config.{name}: {head!r} has no fields")
-        return dataclasses.replace(config, **{head: override(current, rest, text)})
-    return dataclasses.replace(config, **{head: _parse(text, fields[head], name)})
+    changes, inner = {}, {}
+    for name, text in overrides:
+        head, _, rest = name.partition(".")
+        known = ", ".join(fields)
+        _require(
+            head in fields, f"--config.{prefix}{name}: {type(config).__name__} has no field {head!r}, only {known}"
+        )
+        if rest:
+            inner.setdefault(head, []).append((rest, text))
+        else:
+            changes[head] = _parse(text, fields[head], prefix + name)
+    for head, rest in inner.items():
+        part = getattr(config, head)
+        _require(dataclasses.is_dataclass(part), f"--config.{prefix}{head}.{rest[0][0]}: {prefix}{head} has no fields")
+        changes[head] = override(part, rest, f"{prefix}{head}.")
+    return dataclasses.replace(config, **changes)
 
 
 def _parse(text: str, kind: type, name: str) -> Any:

@@ -26,7 +26,7 @@ def prepare_output(name: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[TextIO]:
-    """A text file that takes its name only when the block ends without an error."""
+    """A text file that takes its name only when the block ends without an error; until then it is `NAME.partial`."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as file:
         yield file
@@ -34,5 +34,6 @@ def whole_file(path: pathlib.Path) -> Iterator[TextIO]:
 
 
 def write_json(path: pathlib.Path, value: Any, *, indent: int | None = None) -> None:
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
     with whole_file(path) as file:
-        file.write(json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+        file.write(text + "\n")

@@ -1,7 +1,5 @@
 """A run from its configuration to its last checkpoint; starting it again resumes it."""
 
-import dataclasses
-import json
 import math
 import pathlib
 import time
@@ -11,8 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from dmax_jax.checkpoint.directory import copy_companions
-from dmax_jax.checkpoint.hf_config import read_config, write_config
+from dmax_jax.checkpoint.hf_config import read_config
 from dmax_jax.checkpoint.layout import detect_layout, load_checkpoint
 from dmax_jax.checkpoint.train_checkpoints import TrainCheckpoints
 from dmax_jax.config import ModelConfig, RunConfig
@@ -22,11 +19,9 @@ from dmax_jax.errors import InputError
 from dmax_jax.sharding import TRAIN, make_mesh
 from dmax_jax.training.batch import Batch
 from dmax_jax.training.metrics import MetricWriter
+from dmax_jax.training.run_record import describe_run
 from dmax_jax.training.step import TrainState, batch_sharding, init_state, make_train_step, state_shardings
 from dmax_jax.training.stop_signal import StopSignal
-
-# A resumed run may change these; anything else would make it another run.
-FREE_FIELDS = ("log_every", "checkpoint", "mesh", "data.workers")
 
 
 class Diverged(InputError):
@@ -44,7 +39,7 @@ def train(run: RunConfig, workdir: pathlib.Path, default_tokenizer: pathlib.Path
     model = run.model or _initial_config(run.initial_checkpoint)
     tokenizer_dir = pathlib.Path(run.data.tokenizer or run.initial_checkpoint or default_tokenizer)
     tokenizer = load_tokenizer(tokenizer_dir, model.mask_token_id)
-    _prepare(run, model, tokenizer_dir, workdir)
+    describe_run(run, model, tokenizer_dir, workdir)
     loader = make_loader(
         run.data,
         tokenizer,
@@ -82,37 +77,6 @@ def _check_rows(run: RunConfig, mesh: Mesh) -> None:
             f"batch_size={run.batch_size} in accumulation={run.accumulation} parts gives {rows} rows, no multiple of "
             f"the {shards} devices of the data and expert axes"
         )
-
-
-def _prepare(run: RunConfig, model: ModelConfig, tokenizer_dir: pathlib.Path, workdir: pathlib.Path) -> None:
-    """Makes the working directory describe itself, and refuses one that holds another run."""
-    settings = dataclasses.asdict(run)
-    record = workdir / "run.json"
-    if record.exists():
-        _refuse_other_run(json.loads(record.read_text()), settings, workdir)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        copy_companions(tokenizer_dir, workdir)
-        write_config(model, workdir, "float32", source=run.initial_checkpoint or None)
-        record.write_text(json.dumps(settings, indent=2))
-
-
-def _refuse_other_run(old: dict, new: dict, workdir: pathlib.Path) -> None:
-    old, new = _flat(old), _flat(new)
-    for name in sorted(old.keys() | new.keys()):
-        free = any(name == field or name.startswith(field + ".") for field in FREE_FIELDS)
-        if not free and old.get(name) != new.get(name):
-            raise InputError(
-                f"{workdir} holds a run with {name}={old.get(name)}, this one has {new.get(name)}: choose another "
-                "--workdir or the same settings"
-            )
-
-
-def _flat(tree: dict, prefix: str = "") -> dict:
-    flat = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _start(run: RunConfig, model: ModelConfig, mesh: Mesh, checkpoints: TrainCheckpoints, loader: Loader) -> TrainState:

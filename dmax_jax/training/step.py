@@ -12,7 +12,8 @@ from dmax_jax.config import ModelConfig, RunConfig
 from dmax_jax.model.params import Params, init_params, param_shardings
 from dmax_jax.sharding import TRAIN, named_sharding
 from dmax_jax.training.batch import Batch
-from dmax_jax.training.objectives import Gradients, Problem, objective_gradients
+from dmax_jax.training.losses import Problem
+from dmax_jax.training.objectives import Gradients, objective_gradients
 from dmax_jax.training.optimizer import balance_experts, make_optimizer, optimizer_shardings
 
 Metrics = dict[str, jax.Array]
@@ -61,7 +62,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         if run.optimizer.router_bias_rate:
             params = balance_experts(params, total.loads, run.optimizer.router_bias_rate)
-        metrics = total.metrics | {
+        metrics = {name: mean.value for name, mean in total.metrics.items()} | {
             "gradient_norm": optax.tree.norm(total.grads),
             "expert_imbalance": expert_imbalance(total.loads),
         }
@@ -72,7 +73,7 @@ def make_train_step(
 
 
 def accumulate(gradients: Callable[[Batch], Gradients], batch: Batch) -> Gradients:
-    """Means of gradients and metrics over the batch's leading axis, sums of loads; one part in memory at a time."""
+    """Gradients, metrics and loads of all parts along the batch's leading axis, with one part in memory at a time."""
     parts = batch.tokens_BT.shape[0]
     if parts == 1:
         return gradients(jax.tree.map(lambda leaf: leaf[0], batch))
@@ -83,8 +84,7 @@ def accumulate(gradients: Callable[[Batch], Gradients], batch: Batch) -> Gradien
     shapes = jax.eval_shape(gradients, jax.tree.map(lambda leaf: leaf[0], batch))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, batch)
-    grads, metrics = jax.tree.map(lambda leaf: leaf / parts, (total.grads, total.metrics))
-    return Gradients(grads, metrics, total.loads)
+    return total.replace(grads=jax.tree.map(lambda leaf: leaf / parts, total.grads))
 
 
 def expert_imbalance(loads: tuple[jax.Array, ...]) -> jax.Array:

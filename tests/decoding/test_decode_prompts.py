@@ -1,9 +1,11 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from dmax_jax.decoding.batch import Answer, DecodeSettings, check_prompt, decode_prompts, prefill_bucket
+from dmax_jax.decoding.generate import Geometry, generate
 from dmax_jax.decoding.policies import SpdPolicy
 from dmax_jax.errors import InputError
 from tests.models import SMALL, small_params
@@ -45,6 +47,27 @@ def test_a_known_shape_is_not_compiled_again(params, compilations):
     decode(params, prompts, SpdPolicy(threshold=0.6, accept_threshold=0.8))
     decode(params, prompts, gen_length=14, eos_id=3, mask_id=46, seed=2)
     assert compilations == []
+
+
+def test_a_row_of_padding_decodes_nothing(params):
+    prompt_BP, length_B = np.zeros((2, 8), np.int32), np.array([5, 0], np.int32)
+    prompt_BP[0, :5] = [1, 2, 3, 4, 5]
+    generation = generate(
+        params,
+        prompt_BP,
+        length_B,
+        jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(2)),
+        gen_length=np.int32(13),
+        geometry=Geometry(prefill=4, block_length=4, blocks=5),
+        policy=POLICY,
+        config=SMALL,
+        mask_id=np.int32(SMALL.mask_token_id),
+        eos_id=np.int32(SMALL.eos_token_id),
+        trace=False,
+    )
+    forwards, padding = generation.forwards_B.tolist()
+    assert forwards >= 5
+    assert padding == 0
 
 
 @pytest.mark.parametrize(

@@ -9,16 +9,8 @@ import pytest
 from dmax_jax.checkpoint.names import tensor_names
 from dmax_jax.training.batch import Batch, supervised_positions
 from dmax_jax.training.corruption import draw_masks, random_tokens, sample_keys
-from dmax_jax.training.objectives import (
-    OBJECTIVES,
-    Problem,
-    loss_gradients,
-    objective_gradients,
-    oput_alternating,
-    oput_joint,
-    roll_out,
-    two_stream_forward,
-)
+from dmax_jax.training.losses import Problem, loss_gradients, roll_out, two_stream_forward
+from dmax_jax.training.objectives import OBJECTIVES, objective_gradients, oput_alternating, oput_joint
 from tests.models import SMALL, golden_model, load_arrays, small_params
 from tests.training.batches import BLOCK, LENGTH, PADDING, ROWS, make_batch, make_problem
 
@@ -137,15 +129,15 @@ def test_joint_gradients_are_the_sum_of_two_losses(params, case, steps):
     (first_loss, first), first_grads = loss_of(case.masked_inputs, problem=PROBLEM)
     (second_loss, second), second_grads = loss_of(predicted, problem=PROBLEM)
     assert_close_trees(found.grads, jax.tree.map(jnp.add, first_grads, second_grads), 1e-5)
-    np.testing.assert_allclose(found.metrics["masked_loss"], first_loss, rtol=1e-6)
-    np.testing.assert_allclose(found.metrics["predicted_loss"], second_loss, rtol=1e-6)
-    np.testing.assert_allclose(found.metrics["loss"], first_loss + second_loss, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["masked_loss"].value, first_loss, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["predicted_loss"].value, second_loss, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["loss"].value, first_loss + second_loss, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, found.loads, jax.tree.map(jnp.add, first.loads, second.loads))
 
     chosen, right = case.supervised & np.asarray(case.masked), predicted == batch.tokens_BT
-    np.testing.assert_allclose(found.metrics["rollout_accuracy"], right[chosen].mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["rollout_accuracy"].value, right[chosen].mean(), rtol=1e-6)
     repaired = np.asarray(second.argmax_BT == batch.tokens_BT)[chosen & ~right]
-    np.testing.assert_allclose(found.metrics["repaired"], repaired.mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["repaired"].value, repaired.mean(), rtol=1e-6)
     assert 0 < right[chosen].mean() < 1
 
 
@@ -158,17 +150,17 @@ def test_alternating_gradients_are_those_of_one_loss_per_row(params, case):
     inputs = np.where(on_policy[:, None], manual_rollout(params, case, 2), case.masked_inputs)
     (loss, seen), grads = gradients(params, inputs, batch, case.weights, case.keys, problem=PROBLEM)
     assert_close_trees(found.grads, grads, 1e-5)
-    np.testing.assert_allclose(found.metrics["loss"], loss, rtol=1e-6)
-    np.testing.assert_allclose(found.metrics["masked_loss"], seen.loss_B[~on_policy].mean(), rtol=1e-6)
-    np.testing.assert_allclose(found.metrics["predicted_loss"], seen.loss_B[on_policy].mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["loss"].value, loss, rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["masked_loss"].value, seen.loss_B[~on_policy].mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["predicted_loss"].value, seen.loss_B[on_policy].mean(), rtol=1e-6)
     chosen = case.supervised & np.asarray(case.masked) & on_policy[:, None]
     right = inputs == batch.tokens_BT
-    np.testing.assert_allclose(found.metrics["rollout_accuracy"], right[chosen].mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.metrics["rollout_accuracy"].value, right[chosen].mean(), rtol=1e-6)
 
     off = run(batch=batch.replace(on_policy_B=jnp.zeros(ROWS, bool)))
     (loss, _), grads = gradients(params, case.masked_inputs, batch, case.weights, case.keys, problem=PROBLEM)
     assert_close_trees(off.grads, grads, 1e-5)
-    np.testing.assert_allclose(off.metrics["loss"], loss, rtol=1e-6)
+    np.testing.assert_allclose(off.metrics["loss"].value, loss, rtol=1e-6)
 
 
 def count_products(function, *args) -> int:
@@ -218,9 +210,18 @@ def test_only_a_sampled_rollout_depends_on_the_keys(params, case):
     assert (roll(case.keys, problem=sampled) != roll(other_keys, problem=sampled)).any(axis=1).all()
 
 
+def test_every_step_of_a_sampled_rollout_draws_anew(params, case):
+    """Else a second step would be the first one again, from its own outcome and with its own noise."""
+    roll = functools.partial(rolled, params, batch=case.batch, masked_BT=case.masked, keys_B=case.keys)
+    roll = functools.partial(roll, problem=make_problem(rollout="sample"))
+    repeated = roll(roll(case.masked_inputs, steps=1), steps=1)
+    assert (roll(case.masked_inputs, steps=2) != repeated).any(axis=1).all()
+
+
 @functools.partial(jax.jit, static_argnames=("kind", "problem"))
 def metrics_of(kind, params, batch, masked, rate, keys, problem):
-    return OBJECTIVES[kind](params, batch, masked, rate, keys, problem).metrics  # XLA drops the gradients
+    metrics = OBJECTIVES[kind](params, batch, masked, rate, keys, problem).metrics  # XLA drops the gradients
+    return {name: mean.value for name, mean in metrics.items()}
 
 
 def run(kind, params, case, **objective):
@@ -284,7 +285,7 @@ def test_a_sequence_without_masks_costs_nothing(params, case):
 def test_noise_follows_from_key_and_batch(params, case):
     @jax.jit
     def loss(key):
-        return objective_gradients(params, case.batch, key, make_problem(kind="mdlm")).metrics["loss"]
+        return objective_gradients(params, case.batch, key, make_problem(kind="mdlm")).metrics["loss"].value
 
     assert loss(KEY) == run("mdlm", params, case)["loss"]
     assert loss(jax.random.key(12)) != loss(KEY)
