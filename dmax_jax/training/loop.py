@@ -6,6 +6,7 @@ import time
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -111,7 +112,7 @@ def _steps(run, model, mesh, state, loader, checkpoints, stop: StopSignal, workd
             if pending is not None:
                 window.add(*pending, checkpoints)
             pending = (step, metrics)
-            stopping = stop.requested or step == run.steps
+            stopping = step == run.steps or _agree_to_stop(stop, step % run.log_every == 0)
             if stopping or step % run.checkpoint.every_steps == 0:
                 window.add(*pending, checkpoints)  # before the save: only a good state is saved
                 pending = None
@@ -126,6 +127,13 @@ def _steps(run, model, mesh, state, loader, checkpoints, stop: StopSignal, workd
         progress.close()
         if writer:
             writer.close()
+
+
+def _agree_to_stop(stop: StopSignal, may_ask: bool) -> bool:
+    """Whether any process was asked to stop: all must save the same step. Asking makes the host wait, so rarely."""
+    if jax.process_count() == 1:
+        return stop.requested
+    return may_ask and bool(multihost_utils.process_allgather(np.array(stop.requested)).any())
 
 
 def _place(batch, sharding) -> Batch:

@@ -91,34 +91,24 @@ def test_a_step_moves_the_state(one_device):
     assert np.abs(bias).max() <= 5.001
 
 
-def accumulated(problem, batch):
+def test_parts_give_gradients_and_metrics_of_the_whole_batch():
+    """The first two parts are on policy, the last two off policy, as the loader lays them out."""
+    problem = make_problem(kind="oput", schedule="alternating")
+
+    @jax.jit
     def run(params, batch):
         return accumulate(lambda part: objective_gradients(params, part, jax.random.key(0), problem), batch)
 
-    return run(small_params(), batch)
-
-
-def test_parts_give_the_gradients_of_the_whole_batch():
-    problem = make_problem(kind="mdlm")
-    run = jax.jit(functools.partial(accumulated, problem))
-    whole, parts = run(make_batch()), run(make_batch(parts=4))
+    whole, parts = run(small_params(), make_batch()), run(small_params(), make_batch(parts=4))
     for (path, expected), found in zip(
         jax.tree_util.tree_leaves_with_path(whole.grads), jax.tree.leaves(parts.grads), strict=True
     ):
         error = np.linalg.norm(found - expected)
-        assert error <= 2e-6 * np.linalg.norm(expected), jax.tree_util.keystr(path)
-    np.testing.assert_allclose(parts.metrics["loss"].value, whole.metrics["loss"].value, rtol=1e-6)
+        assert error <= 3e-6 * np.linalg.norm(expected), jax.tree_util.keystr(path)  # of sums in another order
+    assert whole.metrics.keys() == parts.metrics.keys() >= {"loss", "masked_loss", "predicted_loss", "repaired"}
+    for name in whole.metrics:
+        np.testing.assert_allclose(parts.metrics[name].value, whole.metrics[name].value, rtol=1e-5, err_msg=name)
     jax.tree.map(np.testing.assert_array_equal, parts.loads, whole.loads)
-
-
-def test_parts_give_the_metrics_of_the_whole_batch():
-    """The first two parts are on policy, the last two off policy, as the loader lays them out."""
-    problem = make_problem(kind="oput", schedule="alternating")
-    run = jax.jit(lambda batch: accumulated(problem, batch).metrics)  # the gradients are not computed
-    whole, parts = run(make_batch()), run(make_batch(parts=4))
-    assert whole.keys() == parts.keys()
-    for name in whole:
-        np.testing.assert_allclose(parts[name].value, whole[name].value, rtol=1e-5, err_msg=name)
 
 
 def test_imbalance_is_the_largest_load_over_the_mean():
