@@ -1,6 +1,7 @@
 """What every command shares: parsing flags, `--help`, and one line with exit code 2 for what the user can remedy."""
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -17,9 +18,7 @@ def run(main: Callable[[], None], flag_values: flags.FlagValues, doc: str, argv:
     """
     argv = list(sys.argv if argv is None else argv)
     if {"--help", "-h", "--helpfull"} & set(argv[1:]):
-        described = (
-            flag_values.get_help(include_special_flags=False).lstrip().split("\n", 1)[-1]
-        )  # drops the module's line
+        _, described = flag_values.get_help(include_special_flags=False).lstrip().split("\n", 1)  # the module's line
         print(f"{inspect.cleandoc(doc)}\n\nFlags:\n{described}")
         return
     try:
@@ -31,7 +30,9 @@ def run(main: Callable[[], None], flag_values: flags.FlagValues, doc: str, argv:
             raise InputError(f"unexpected argument {rest[0]!r}; options are written --name=value (see --help)")
         main()
     except (InputError, OSError, flags.Error) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        missing = re.search(r"Flag (--\w+) must have a value other than None", line)  # absl's words for a required flag
+        print(f"error: {missing[1] + ' is required (see --help)' if missing else line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

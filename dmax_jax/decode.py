@@ -1,6 +1,7 @@
 """Answers prompts with a checkpoint, and says how many tokens each forward of the model gave.
 
-  python -m dmax_jax.decode --prompt="Tom has 3 boxes of 4 pens. How many pens does he have?"
+  python -m dmax_jax.decode --prompt="Tom works 6 hours at 7 dollars each. Then Tom pays 5 dollars each for 6 cards. How
+    many dollars are left?"
   python -m dmax_jax.decode --checkpoint=DIR --prompts_file=FILE.jsonl --batch_size=16 --output=FILE.json
 
 Every answer goes to stdout (as token ids where the checkpoint brings no tokenizer), then a line of figures: tokens
@@ -98,7 +99,8 @@ def read_prompts(path: pathlib.Path) -> list[Prompt]:
             try:
                 prompts.append(row_prompt(json.loads(line)))
             except ValueError as error:  # InputError, bad JSON or bad UTF-8
-                raise InputError(f"{path}, line {number}: {error}") from None
+                reason = error if isinstance(error, InputError) else f"not JSON ({error})"
+                raise InputError(f"{path}, line {number}: {reason}") from None
     if not prompts:
         raise InputError(f"{path}: the file has no prompt")
     return prompts

@@ -6,7 +6,7 @@ import pathlib
 import jax
 from absl import flags
 
-from dmax_jax.assets import DEMO, DEMO_BASE
+from dmax_jax.assets import checkpoint_directory
 from dmax_jax.checkpoint.layout import load_checkpoint
 from dmax_jax.config import MeshConfig, ModelConfig
 from dmax_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,12 +31,18 @@ class DecodingFlags:
     """Defines the flags in `flag_values`; the other methods read them after parsing."""
 
     def __init__(
-        self, flag_values: flags.FlagValues, *, method: str = "spd", batch_size: int = 1, gen_length: int = 256
+        self,
+        flag_values: flags.FlagValues,
+        *,
+        checkpoint: str = "demo",
+        method: str = "spd",
+        batch_size: int = 1,
+        gen_length: int = 256,
     ):
         values = self._values = flag_values
         flags.DEFINE_string(
-            "checkpoint", "demo", "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; demo "
-            "and demo_base are the models that come with the package, with and without DMax training.",
+            "checkpoint", checkpoint, "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; "
+            "demo and demo_base are the models that come with the package, with and without DMax training.",
             flag_values=values,
         )  # fmt: skip
         flags.DEFINE_enum("method", method, list(POLICIES), "How blocks are decoded.", flag_values=values)
@@ -85,7 +91,7 @@ class DecodingFlags:
     def load(self) -> LoadedModel:
         """Loads checkpoint and tokenizer; raises InputError for anything wrong with them."""
         values = self._values
-        directory = {"demo": DEMO, "demo_base": DEMO_BASE}.get(values.checkpoint) or pathlib.Path(values.checkpoint)
+        directory = checkpoint_directory(values.checkpoint)
         mesh = make_mesh(parse_mesh(values.mesh)) if values.mesh else None
         config, params = load_checkpoint(
             directory, values.dtype, mesh, mask_token_id=values.mask_id, eos_token_id=values.eos_id

@@ -22,8 +22,13 @@ from dmax_jax.errors import InputError
 from dmax_jax.output_file import prepare_output, whole_file
 
 FLAGS = flags.FlagValues()
-DECODING = DecodingFlags(FLAGS, method="threshold", batch_size=64)
-PROMPTS = flags.DEFINE_string("prompts_file", None, "JSONL with question or messages per row.", flag_values=FLAGS)
+DECODING = DecodingFlags(FLAGS, checkpoint="demo_base", method="threshold", batch_size=64)
+PROMPTS = flags.DEFINE_string(
+    "prompts_file",
+    None,
+    "JSONL; each row has a question, or messages that end with an answer to replace.",
+    flag_values=FLAGS,
+)
 TASK = flags.DEFINE_string("task", None, "Task whose training questions are asked instead.", flag_values=FLAGS)
 SAMPLES = flags.DEFINE_integer("samples", 1000, "Questions of the task.", flag_values=FLAGS)
 DATA_SEED = flags.DEFINE_integer("data_seed", 1, "Seed of the task's questions.", flag_values=FLAGS)
@@ -55,7 +60,7 @@ def questions() -> list[dict]:
     if bool(PROMPTS.value) == bool(TASK.value):
         raise InputError("give exactly one of --prompts_file and --task")
     if PROMPTS.value:
-        return read_rows(PROMPTS.value)
+        return read_rows(PROMPTS.value, answered=False)
     if SAMPLES.value < 1 or DATA_SEED.value < 0:
         raise InputError(f"--samples={SAMPLES.value} must be at least 1 and --data_seed={DATA_SEED.value} not negative")
     row = get_task(TASK.value).row
@@ -64,14 +69,14 @@ def questions() -> list[dict]:
 
 def asked(row: dict) -> str | Messages:
     """The row's question, or its conversation without the assistant's last turn."""
-    return row["messages"][:-1] if "messages" in row else row["question"]
+    return row["question"] if "question" in row else row["messages"][:-1]
 
 
 def with_answer(row: dict, text: str) -> dict:
     """The row with the model's answer in the place of its own."""
-    if "messages" in row:
-        return {"messages": [*asked(row), {"role": "assistant", "content": text}]}
-    return {"question": row["question"], "answer": text}
+    if "question" in row:
+        return {"question": row["question"], "answer": text}
+    return {"messages": [*asked(row), {"role": "assistant", "content": text}]}
 
 
 if __name__ == "__main__":

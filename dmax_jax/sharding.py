@@ -10,7 +10,7 @@ from dmax_jax.errors import InputError
 
 Rules = dict[str, str | tuple[str, ...] | None]
 
-# Training moves tokens to experts and keeps everything else whole on each device.
+# Training splits the experts, 15.3 of the 16.3 billion parameters, and keeps everything else whole on each device.
 TRAIN: Rules = {
     "batch": ("data", "expert"),
     "vocab": None,

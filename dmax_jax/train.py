@@ -3,10 +3,15 @@
 Any field of the configuration can be set on the command line:
   python -m dmax_jax.train --config=configs/stories_oput.py --config.optimizer.learning_rate=1e-4 --workdir=runs/oput
 
+Every field is in dmax_jax/config.py. Small enough to try on a CPU, from the base model that comes with the package:
+  python -m dmax_jax.train --config=configs/stories_oput.py --workdir=runs/try --config.initial_checkpoint=demo_base \\
+    --config.data.path=answers.jsonl --config.data.workers=0 --config.batch_size=8 --config.steps=10
+
 Metrics go to WORKDIR/metrics.jsonl and WORKDIR/tensorboard, states to WORKDIR/checkpoints. The working directory is a
-checkpoint that the other commands read. Ctrl-C saves and stops.
+checkpoint that the other commands read. Ctrl-C saves and stops. A resumed run keeps its settings, steps included.
 """
 
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -15,8 +20,10 @@ import jax
 from absl import flags
 
 from dmax_jax import command
-from dmax_jax.assets import DEMO
+from dmax_jax.assets import DEMO, checkpoint_directory
+from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.config import load_config
+from dmax_jax.errors import InputError
 from dmax_jax.training.loop import train
 
 FLAGS = flags.FlagValues()
@@ -38,9 +45,14 @@ PROCESS = flags.DEFINE_integer("process", None, "With --coordinator: number of t
 
 
 def main(overrides: Sequence[tuple[str, str]] = ()) -> None:
+    if COORDINATOR.value and not DISTRIBUTED.value:
+        raise InputError("--coordinator needs --distributed")
     if DISTRIBUTED.value:
         jax.distributed.initialize(COORDINATOR.value, PROCESSES.value, PROCESS.value)
     run = load_config(CONFIG.value, overrides)
+    if run.initial_checkpoint:
+        run = dataclasses.replace(run, initial_checkpoint=str(checkpoint_directory(run.initial_checkpoint)))
+    use_compilation_cache()
     if not train(run, pathlib.Path(WORKDIR.value), DEMO):
         print(f"stopped; the same command with --workdir={WORKDIR.value} goes on", file=sys.stderr)
         raise SystemExit(130)

@@ -6,7 +6,10 @@ count=$1 config=$2 workdir=$3
 shift 3
 gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
 port=${PORT:-$((20000 + RANDOM % 10000))}
-trap 'kill 0' INT TERM
+pids=()
+# Each process gets one signal: a second one would end it before it has saved. Ctrl-C reaches them by itself.
+trap 'trap "" TERM; kill -TERM "${pids[@]}"' TERM
+trap : INT
 for ((process = 0; process < count; process++)); do
   if ((gpus > 0)); then
     share=$((gpus / count))
@@ -17,6 +20,9 @@ for ((process = 0; process < count; process++)); do
     --coordinator="localhost:$port" --processes="$count" --process="$process" "$@" &
   pids[process]=$!
 done
-status=0
-for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+status=0 code=0
+for pid in "${pids[@]}"; do
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" && code=0 || code=$?; done # a signal interrupts wait
+  if ((code > 0)); then status=$code; fi
+done
 exit "$status"

@@ -8,14 +8,17 @@ from collections.abc import Iterator
 
 from dmax_jax.errors import InputError
 
-# Tokenizer, licence, and the official model code that `auto_map` in config.json points to.
-COMPANIONS = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
     "chat_template*",
+)
+# Also the card, the licence, and the official model code that `auto_map` in config.json points to.
+COMPANIONS = (
+    *TOKENIZER_FILES,
     "generation_config.json",
     "README.md",
     "LICENSE*",
@@ -49,9 +52,11 @@ def require_free(path: str | pathlib.Path) -> None:
         raise InputError(f"{path} exists and is not an empty directory; choose another one or remove it")
 
 
-def copy_companions(source: str | pathlib.Path, destination: str | pathlib.Path) -> None:
+def copy_companions(
+    source: str | pathlib.Path, destination: str | pathlib.Path, patterns: tuple[str, ...] = COMPANIONS
+) -> None:
     """Copies the files of a model directory that are neither weights nor config: tokenizer, template, licence, code."""
-    for pattern in COMPANIONS:
+    for pattern in patterns:
         for file in sorted(pathlib.Path(source).glob(pattern)):
             if file.is_file():
                 shutil.copyfile(file, pathlib.Path(destination) / file.name)

@@ -22,7 +22,7 @@ def detect_layout(directory: str | pathlib.Path) -> str:
     """Returns "hf" (safetensors), "orbax" (a converted model) or "train" (a training's working directory)."""
     directory = pathlib.Path(directory)
     if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory")
+        raise InputError(f"{directory}: {'a file, not a directory' if directory.exists() else 'no such directory'}")
     if not (directory / "config.json").is_file():
         raise InputError(f"{directory}: no checkpoint is there: config.json is missing")
     for layout, marks in MARKS.items():

@@ -65,8 +65,8 @@ def _describe(row: Any) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Reads the samples of a JSONL file; empty lines are skipped.
+def read_rows(path: str | pathlib.Path, *, answered: bool = True) -> list[dict[str, Any]]:
+    """Reads the samples of a JSONL file; empty lines are skipped. With `answered` off, a row may lack its answer.
 
     Raises InputError naming file and line if the file is missing or empty, or a line is no sample.
     """
@@ -77,16 +77,17 @@ def read_rows(path: str | pathlib.Path) -> list[dict[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                rows.append(_parse(line, f"{path}, line {number}"))
+                rows.append(_parse(line, f"{path}, line {number}", answered))
     if not rows:
         raise InputError(f"{path}: the file is empty; it needs a sample in each line")
     return rows
 
 
-def _parse(line: bytes, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str, answered: bool) -> dict[str, Any]:
     try:
         row = json.loads(line)
-        _split(row)
+        if answered or not (isinstance(row, dict) and isinstance(row.get("question"), str)):
+            _split(row)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except ValueError as error:  # bad JSON or bad UTF-8

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ from dmax_jax.errors import InputError
 
 THREADS = 4
 BATCHES_AHEAD = 8
+ENDLESS = 2**53  # places in the stream; grain rounds lengths through floats, which larger numbers do not survive
 
 
 class Batch(NamedTuple):
@@ -119,7 +119,7 @@ def make_loader(
     order = Order(len(source.tokens), batch_size, seed, alternating)
 
     def steps_from(step: int) -> grain.IterDataset:
-        rows = grain.MapDataset.range(step * batch_size, sys.maxsize).map(functools.partial(_row, order, source))
+        rows = grain.MapDataset.range(step * batch_size, ENDLESS).map(functools.partial(_row, order, source))
         steps = rows.batch(batch_size // parts)[process_index::process_count].batch(accumulation)
         return steps.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=BATCHES_AHEAD))
 

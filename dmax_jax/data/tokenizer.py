@@ -120,7 +120,7 @@ def _shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-# Outside the tokenizer, because a compiled template can't be sent to the loader's worker processes.
+# Outside the tokenizer, because a compiled template can't be sent to the processes that encode samples.
 @functools.cache
 def compile_template(template: str) -> jinja2.Template:
     """Compiles a chat template under the settings that such templates are written for."""

@@ -36,7 +36,7 @@ def dense_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) -
 
 def ragged_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) -> jax.Array:
     """`routed_experts` by sorting the (row, expert) pairs by expert and one grouped product per matrix."""
-    E, X = gate_EFD.shape[0], expert_ids_MX.shape[1]
+    E, (M, X) = gate_EFD.shape[0], expert_ids_MX.shape
     ids_P = expert_ids_MX.reshape(-1)  # P = M X pairs
     order_P = jnp.argsort(ids_P, stable=True)
     rows_P = order_P // X
@@ -45,5 +45,6 @@ def ragged_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) 
     gate_PF = jax.lax.ragged_dot(pairs_PD, gate_EFD.swapaxes(1, 2), sizes_E)
     up_PF = jax.lax.ragged_dot(pairs_PD, up_EFD.swapaxes(1, 2), sizes_E)
     out_PD = jax.lax.ragged_dot(jax.nn.silu(gate_PF) * up_PF, down_EDF.swapaxes(1, 2), sizes_E)
-    scaled_PD = out_PD * weights_MX.reshape(-1)[order_P][:, None].astype(x_MD.dtype)
-    return jnp.zeros_like(x_MD).at[rows_P].add(scaled_PD)
+    # Put back in the order of the rows and summed there: a scatter would add in the rounding and order of its own.
+    out_MXD = out_PD[jnp.argsort(order_P)].reshape(M, X, -1)
+    return jnp.einsum("mxd,mx->md", out_MXD, weights_MX).astype(x_MD.dtype)

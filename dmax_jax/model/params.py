@@ -6,9 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from dmax_jax.config import ModelConfig
+from dmax_jax.errors import InputError
 from dmax_jax.sharding import Rules, named_sharding
 
 
@@ -114,7 +115,15 @@ def count_params(config: ModelConfig) -> int:
 
 def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Params:
     """The parameter tree with a NamedSharding at every leaf."""
-    return jax.tree.map(lambda spec: named_sharding(mesh, rules, *spec.axes), param_specs(config))
+
+    def sharding(spec: ParamSpec) -> NamedSharding:
+        found = named_sharding(mesh, rules, *spec.axes)
+        for size, axis in zip(spec.shape, found.spec, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise InputError(f"mesh: {axis}:{mesh.shape[axis]} does not divide a parameter's dimension of {size}")
+        return found
+
+    return jax.tree.map(sharding, param_specs(config))
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, rules: Rules) -> Params:

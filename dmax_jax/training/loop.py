@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import sys
 import time
 
 import jax
@@ -15,12 +16,12 @@ from dmax_jax.checkpoint.layout import detect_layout, load_checkpoint
 from dmax_jax.checkpoint.train_checkpoints import TrainCheckpoints
 from dmax_jax.config import ModelConfig, RunConfig
 from dmax_jax.data.loader import Loader, make_loader
-from dmax_jax.data.tokenizer import load_tokenizer
+from dmax_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dmax_jax.errors import InputError
 from dmax_jax.sharding import TRAIN, make_mesh
 from dmax_jax.training.batch import Batch
 from dmax_jax.training.metrics import MetricWriter
-from dmax_jax.training.run_record import describe_run
+from dmax_jax.training.run_record import describe_run, holds_run, refuse_other_run
 from dmax_jax.training.step import TrainState, batch_sharding, init_state, make_train_step, state_shardings
 from dmax_jax.training.stop_signal import StopSignal
 
@@ -36,11 +37,15 @@ def train(run: RunConfig, workdir: pathlib.Path, default_tokenizer: pathlib.Path
     last good checkpoint; Ctrl-C and SIGTERM end the run after a save, and then the result is False.
     """
     mesh = make_mesh(run.mesh)
-    _check_rows(run, mesh)
-    model = run.model or _initial_config(run.initial_checkpoint)
-    tokenizer_dir = pathlib.Path(run.data.tokenizer or run.initial_checkpoint or default_tokenizer)
+    _check_mesh(run, mesh)
+    resumed = holds_run(workdir)
+    if resumed:
+        refuse_other_run(run, workdir)
+    model = read_config(workdir) if resumed else run.model or _initial_config(run.initial_checkpoint)
+    first_tokenizer = run.data.tokenizer or run.initial_checkpoint or default_tokenizer
+    tokenizer_dir = workdir if resumed else pathlib.Path(first_tokenizer)
     tokenizer = load_tokenizer(tokenizer_dir, model.mask_token_id)
-    describe_run(run, model, tokenizer_dir, workdir)
+    _check_tokenizer(tokenizer, model, tokenizer_dir)
     loader = make_loader(
         run.data,
         tokenizer,
@@ -51,6 +56,13 @@ def train(run: RunConfig, workdir: pathlib.Path, default_tokenizer: pathlib.Path
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    if jax.process_index() == 0:
+        if loader.dropped:
+            print(f"{loader.dropped} rows are longer than data.sequence_length and left out", file=sys.stderr)
+        if not resumed:
+            describe_run(run, model, tokenizer_dir, workdir)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("the working directory describes its run")
     checkpoints = TrainCheckpoints(
         workdir / "checkpoints", keep=run.checkpoint.keep, every_steps=run.checkpoint.every_steps
     )
@@ -70,7 +82,19 @@ def _initial_config(directory: str) -> ModelConfig:
         raise InputError(f"initial_checkpoint: {error}") from None
 
 
-def _check_rows(run: RunConfig, mesh: Mesh) -> None:
+def _check_tokenizer(tokenizer: Tokenizer, model: ModelConfig, directory: pathlib.Path) -> None:
+    if tokenizer.eos_id != model.eos_token_id or tokenizer.vocab_size > model.vocab_size:
+        raise InputError(
+            f"{directory}: the tokenizer ends with id {tokenizer.eos_id} and has {tokenizer.vocab_size} tokens, the "
+            f"model ends with {model.eos_token_id} and has {model.vocab_size}; take both from one checkpoint"
+        )
+
+
+def _check_mesh(run: RunConfig, mesh: Mesh) -> None:
+    if mesh.shape["tensor"] > 1:
+        raise InputError(f"mesh.tensor={mesh.shape['tensor']}: training uses the data and expert axes; set it to 1")
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise InputError(f"the mesh has {mesh.size} devices; a run of several processes uses all {jax.device_count()}")
     shards = mesh.shape["data"] * mesh.shape["expert"]
     rows = run.batch_size // run.accumulation
     if rows % shards:
@@ -117,6 +141,8 @@ def _steps(run, model, mesh, state, loader, checkpoints, stop: StopSignal, workd
                 window.add(*pending, checkpoints)  # before the save: only a good state is saved
                 pending = None
                 checkpoints.save(step, state, loader.get_state(), force=True)
+                if stopping:
+                    window.flush(step)
             progress.update()
             progress.set_postfix(window.shown, refresh=False)
             if stopping:
@@ -140,7 +166,13 @@ def _place(batch, sharding) -> Batch:
     def place(local: np.ndarray) -> jax.Array:
         return jax.make_array_from_process_local_data(sharding, local)
 
-    return Batch(*(place(leaf) for leaf in batch))
+    return Batch(
+        tokens_BT=place(batch.tokens),
+        prompt_length_B=place(batch.prompt_length),
+        index_B=place(batch.index),
+        epoch_B=place(batch.epoch),
+        on_policy_B=place(batch.on_policy),
+    )
 
 
 class Window:
@@ -161,10 +193,13 @@ class Window:
             raise Diverged(f"step {step}: loss={row['loss']}, gradient_norm={row['gradient_norm']}; {where}")
         self._rows.append(row)
         self.shown = {"loss": f"{row['loss']:.4f}"}
-        if step % self._run.log_every == 0 or step == self._run.steps:
-            self._write(step)
+        if step % self._run.log_every == 0:
+            self.flush(step)
 
-    def _write(self, step: int) -> None:
+    def flush(self, step: int) -> None:
+        """Writes what has come since the last row, if anything has."""
+        if not self._rows:
+            return
         now = time.perf_counter()
         means = {name: float(np.mean([row[name] for row in self._rows])) for name in self._rows[0]}
         tokens = len(self._rows) * self._run.batch_size * self._run.data.sequence_length

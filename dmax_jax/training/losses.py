@@ -68,8 +68,8 @@ def sequence_loss(
     `extra` maps the logits to a term added to each sequence's loss.
     """
     forward = two_stream_forward(params, inputs_BT, batch.tokens_BT, problem)
-    entropy_BT = optax.softmax_cross_entropy_with_integer_labels(forward.logits_BTV, batch.tokens_BT)
-    loss_B = jnp.sum(entropy_BT * weights_BT, axis=1)
+    cross_entropy_BT = optax.softmax_cross_entropy_with_integer_labels(forward.logits_BTV, batch.tokens_BT)
+    loss_B = jnp.sum(cross_entropy_BT * weights_BT, axis=1)
     if extra is not None:
         loss_B = loss_B + extra(forward.logits_BTV)
     logits_BTV = jax.lax.stop_gradient(forward.logits_BTV)

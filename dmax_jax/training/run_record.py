@@ -4,9 +4,7 @@ import dataclasses
 import json
 import pathlib
 
-import jax
-
-from dmax_jax.checkpoint.directory import copy_companions
+from dmax_jax.checkpoint.directory import TOKENIZER_FILES, copy_companions
 from dmax_jax.checkpoint.hf_config import write_config
 from dmax_jax.config import ModelConfig, RunConfig
 from dmax_jax.errors import InputError
@@ -15,21 +13,30 @@ from dmax_jax.errors import InputError
 FREE_FIELDS = ("log_every", "checkpoint", "mesh", "data.workers")
 
 
+def holds_run(workdir: pathlib.Path) -> bool:
+    """Whether there is a run to resume: a record of its settings and at least one saved state."""
+    return (workdir / "run.json").exists() and any(
+        entry.name.isdigit() for entry in (workdir / "checkpoints").glob("*")
+    )
+
+
 def describe_run(run: RunConfig, model: ModelConfig, tokenizer_dir: pathlib.Path, workdir: pathlib.Path) -> None:
-    """Makes the working directory describe itself, and refuses one that holds another run."""
-    settings = dataclasses.asdict(run)
-    record = workdir / "run.json"
-    if record.exists():
-        _refuse_other_run(json.loads(record.read_text()), settings, workdir)
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        copy_companions(tokenizer_dir, workdir)
-        write_config(model, workdir, "float32", source=run.initial_checkpoint or None)
-        record.write_text(json.dumps(settings, indent=2))
+    """Makes the working directory of a new run describe itself. For process 0."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    copy_companions(tokenizer_dir, workdir, TOKENIZER_FILES)
+    write_config(model, workdir, "float32", source=run.initial_checkpoint or None)
+    partial = workdir / "run.json.partial"
+    partial.write_text(json.dumps(dataclasses.asdict(run), indent=2))
+    partial.replace(workdir / "run.json")
 
 
-def _refuse_other_run(old: dict, new: dict, workdir: pathlib.Path) -> None:
-    old, new = _flat(old), _flat(new)
+def refuse_other_run(run: RunConfig, workdir: pathlib.Path) -> None:
+    """Raises InputError, naming the field, if the directory's run has other settings."""
+    try:
+        old = _flat(json.loads((workdir / "run.json").read_text()))
+    except ValueError as error:
+        raise InputError(f"{workdir}/run.json is damaged ({error}); choose another --workdir") from None
+    new = _flat(dataclasses.asdict(run))
     for name in sorted(old.keys() | new.keys()):
         free = any(name == field or name.startswith(field + ".") for field in FREE_FIELDS)
         if not free and old.get(name) != new.get(name):

@@ -59,3 +59,11 @@ def test_broken_files_are_named(tmp_path, text, message):
         read_rows(file)
     with pytest.raises(InputError, match="no such file"):
         read_rows(tmp_path / "other.jsonl")
+
+
+def test_questions_without_answers_are_read_when_asked_for(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "1 + 1?"}\n')
+    assert read_rows(file, answered=False) == [{"question": "1 + 1?"}]
+    with pytest.raises(InputError, match="line 1"):
+        read_rows(file)

@@ -132,3 +132,9 @@ def test_a_task_that_does_not_fit_says_what_it_needs(make):
 def test_impossible_batches_are_refused(make, settings, message):
     with pytest.raises(InputError, match=message):
         make(**settings)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "process_count"), [(1, 1, 1), (4, 4, 1), (8, 1, 8)])
+def test_one_row_per_part(make, batch_size, accumulation, process_count):
+    batch = next(make(batch_size=batch_size, accumulation=accumulation, process_count=process_count))
+    assert batch.tokens.shape[:2] == (accumulation, 1)

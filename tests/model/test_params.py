@@ -5,6 +5,7 @@ import pytest
 
 from dmax_jax.checkpoint.names import tensor_names
 from dmax_jax.config import MeshConfig
+from dmax_jax.errors import InputError
 from dmax_jax.model.params import abstract_params, cast_params, count_params, init_params, param_shardings, param_specs
 from dmax_jax.sharding import DECODE, TRAIN, make_mesh
 from tests.models import SMALL, small_model, small_params
@@ -126,3 +127,8 @@ def test_abstract_parameters_describe_the_real_ones():
         return leaf.shape, leaf.dtype, leaf.sharding
 
     assert jax.tree.map(describe, abstract) == jax.tree.map(describe, real)
+
+
+def test_an_axis_that_does_not_divide_is_named():
+    with pytest.raises(InputError, match="expert:5 does not divide a parameter's dimension of"):
+        param_shardings(small_model(), make_mesh(MeshConfig(data=1, expert=5)), TRAIN)

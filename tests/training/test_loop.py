@@ -220,6 +220,8 @@ def test_a_row_of_metrics_is_the_mean_since_the_last_one():
     window = Window(dataclasses.replace(RUN, steps=7, log_every=3), rows)
     for step in range(1, 8):
         window.add(step, {"loss": jnp.float32(step), "gradient_norm": jnp.float32(10 * step)}, None)
+    window.flush(7)
+    window.flush(7)  # nothing has come since
     assert [(step, row["loss"], row["gradient_norm"]) for step, row in rows.written.items()] == [
         (3, 2.0, 20.0),
         (6, 5.0, 50.0),
@@ -261,3 +263,21 @@ def test_the_first_signal_asks_and_the_second_acts(number):
         assert not stop.requested
     finally:
         signal.signal(number, previous)
+
+
+def test_a_start_that_failed_leaves_the_directory_free(tmp_path):
+    lost = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, task="", path=str(tmp_path / "lost.jsonl")))
+    with pytest.raises(InputError, match="no such file"):
+        train(lost, tmp_path / "run", DEMO)
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_tokenizer_with_another_end_is_refused(tmp_path):
+    other = dataclasses.replace(RUN, model=dataclasses.replace(MODEL, eos_token_id=5))
+    with pytest.raises(InputError, match="the tokenizer ends with id"):
+        train(other, tmp_path / "run", DEMO)
+
+
+def test_training_uses_no_tensor_axis(tmp_path):
+    with pytest.raises(InputError, match=r"mesh.tensor=2"):
+        train(dataclasses.replace(RUN, mesh=MeshConfig(data=1, tensor=2)), tmp_path / "run", DEMO)
