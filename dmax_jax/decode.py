@@ -40,7 +40,10 @@ OUTPUT = flags.DEFINE_string(
     "output", None, "JSON file to write: an object; with --prompts_file a list of them.", flag_values=FLAGS
 )
 TRACE = flags.DEFINE_bool(
-    "trace", False, "Add to the JSON the block after every forward: block, step, token_ids, stop.", flag_values=FLAGS
+    "trace",
+    False,
+    "Add to the JSON the block after every forward: block, step, token_ids, stop, confidences.",
+    flag_values=FLAGS,
 )
 
 Prompt = str | Messages | list[int]

@@ -11,7 +11,15 @@ from dmax_jax.checkpoint.layout import load_checkpoint
 from dmax_jax.config import MeshConfig, ModelConfig
 from dmax_jax.data.tokenizer import Tokenizer, load_tokenizer
 from dmax_jax.decoding.batch import DecodeSettings
-from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
+from dmax_jax.decoding.policies import (
+    EMBEDDINGS,
+    STOP_RULES,
+    CreditPolicy,
+    HierarchicalPolicy,
+    Policy,
+    SpdPolicy,
+    ThresholdPolicy,
+)
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params
 from dmax_jax.sharding import make_mesh
@@ -54,6 +62,15 @@ class DecodingFlags:
         flags.DEFINE_float(
             "accept_threshold", 0.9, "spd: a block is done when all its tokens are this sure.", flag_values=values
         )
+        flags.DEFINE_bool(
+            "contiguous_prefix", True, "spd: promote a prefix of the masked positions; off: wherever the threshold is "
+            "reached.", flag_values=values,
+        )  # fmt: skip
+        flags.DEFINE_enum(
+            "embedding", "soft", list(EMBEDDINGS), "spd: what a decoded position feeds back; unnormalised leaves out "
+            "the paper's Eq. 10.", flag_values=values,
+        )  # fmt: skip
+        flags.DEFINE_enum("stop", "either", list(STOP_RULES), "spd: when a block is done.", flag_values=values)
         flags.DEFINE_float("temperature", 0.0, "0 takes the best token, above 0 samples.", flag_values=values)
         flags.DEFINE_integer("seed", 0, "Seed of sampling.", flag_values=values)
         flags.DEFINE_integer("gen_length", gen_length, "Answer tokens, rounded up to whole blocks.", flag_values=values)

@@ -21,7 +21,7 @@ def threshold_step(
     candidate_BW = (block.tokens_BW == mask_id) & (predicted_BW != mask_id)
     best_B1 = jnp.max(confidence_BW, axis=-1, keepdims=True, where=candidate_BW, initial=0)
     commit_BW = candidate_BW & (confidence_BW >= jnp.minimum(policy.threshold, best_B1 - TIE))
-    return _commit(block, commit_BW, predicted_BW, embed, mask_id)
+    return _commit(block, commit_BW, predicted_BW, confidence_BW, embed, mask_id)
 
 
 def hierarchical_step(
@@ -34,11 +34,11 @@ def hierarchical_step(
     """
     predicted_BW, confidence_BW = predict_tokens(logits_BWV, policy.temperature, keys_B)
     masked_BW = block.tokens_BW == mask_id
-    confidence_BW = jnp.where(masked_BW, confidence_BW, -jnp.inf)
-    best_BW = jax.nn.one_hot(jnp.argmax(confidence_BW, axis=-1), confidence_BW.shape[-1], dtype=bool)
-    run_best_BW = _best_of_run(confidence_BW, masked_BW) & (confidence_BW > policy.low_threshold)
-    commit_BW = masked_BW & ((confidence_BW > policy.threshold) | run_best_BW | best_BW)
-    return _commit(block, commit_BW & (predicted_BW != mask_id), predicted_BW, embed, mask_id)
+    choice_BW = jnp.where(masked_BW, confidence_BW, -jnp.inf)
+    best_BW = jax.nn.one_hot(jnp.argmax(choice_BW, axis=-1), choice_BW.shape[-1], dtype=bool)
+    run_best_BW = _best_of_run(choice_BW, masked_BW) & (choice_BW > policy.low_threshold)
+    commit_BW = masked_BW & ((choice_BW > policy.threshold) | run_best_BW | best_BW)
+    return _commit(block, commit_BW & (predicted_BW != mask_id), predicted_BW, confidence_BW, embed, mask_id)
 
 
 def credit_step(
@@ -66,7 +66,9 @@ def _best_of_run(confidence_BW: jax.Array, masked_BW: jax.Array) -> jax.Array:
     return masked_BW & ~jnp.any(beaten_BWW, axis=-1)
 
 
-def _commit(block: Block, commit_BW: jax.Array, predicted_BW: jax.Array, embed, mask_id: int) -> Block:
+def _commit(block: Block, commit_BW: jax.Array, predicted_BW, confidence_BW, embed, mask_id: int) -> Block:
     tokens_BW = jnp.where(commit_BW, predicted_BW, block.tokens_BW)
     done_B = ~jnp.any(tokens_BW == mask_id, axis=-1) | ~jnp.any(commit_BW, axis=-1)
-    return block.replace(tokens_BW=tokens_BW, embeddings_BWD=embed(tokens_BW), stopped_B=done_B)
+    return block.replace(
+        tokens_BW=tokens_BW, embeddings_BWD=embed(tokens_BW), confidence_BW=confidence_BW, stopped_B=done_B
+    )

@@ -42,6 +42,7 @@ class Step:
     step: int
     token_ids: list[int]
     stop: bool
+    confidences: list[float]  # probability of each position's prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,5 +157,6 @@ def _steps(generation: Generation, row: int, forwards: int) -> list[Step]:
         block = int(generation.trace.block_BF[row, forward])
         number = steps[-1].step + 1 if steps and steps[-1].block == block else 0
         tokens = generation.trace.tokens_BFW[row, forward].tolist()
-        steps.append(Step(block, number, tokens, bool(generation.trace.stop_BF[row, forward])))
+        confidences = generation.trace.confidence_BFW[row, forward].tolist()
+        steps.append(Step(block, number, tokens, bool(generation.trace.stop_BF[row, forward]), confidences))
     return steps

@@ -12,6 +12,7 @@ class Block:
     tokens_BW: jax.Array
     active_BW: jax.Array
     embeddings_BWD: jax.Array  # input of the next forward
+    confidence_BW: jax.Array  # probability of each position's prediction in the last forward
     step_B: jax.Array  # forwards spent on the block
     stopped_B: jax.Array  # the method's own stop rule
     credit_BWV: jax.Array | None = None  # of the credit method
@@ -21,7 +22,8 @@ def enter_block(tokens_BW: jax.Array, embed, mask_id: int, credit_BWV: jax.Array
     """A fresh block: hard embeddings, nothing decoded."""
     none_B = jnp.zeros(tokens_BW.shape[0], jnp.int32)
     credit_BWV = None if credit_BWV is None else jnp.zeros_like(credit_BWV)
-    return Block(tokens_BW, tokens_BW == mask_id, embed(tokens_BW), none_B, none_B > 0, credit_BWV)
+    unsure_BW = jnp.zeros(tokens_BW.shape, jnp.float32)
+    return Block(tokens_BW, tokens_BW == mask_id, embed(tokens_BW), unsure_BW, none_B, none_B > 0, credit_BWV)
 
 
 def freeze(frozen_B: jax.Array, old, new):

@@ -11,7 +11,7 @@ from dmax_jax.config import ModelConfig
 from dmax_jax.decoding.baselines import credit_step, hierarchical_step, threshold_step
 from dmax_jax.decoding.block import Block, enter_block
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
-from dmax_jax.decoding.rows import Rows, Trace, leave_blocks, slice_rows
+from dmax_jax.decoding.rows import Rows, Trace, empty_trace, leave_blocks, slice_rows
 from dmax_jax.decoding.spd import spd_step
 from dmax_jax.model.cache import empty_cache, write_cache
 from dmax_jax.model.masks import block_causal_mask
@@ -103,7 +103,6 @@ def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, m
     start_B = length_B // W * W
     credit_BWV = jnp.zeros((B, W, config.vocab_size)) if isinstance(policy, CreditPolicy) else None
     none_B = jnp.zeros_like(length_B)
-    F = geometry.blocks * W
     return Rows(
         tokens_BT=tokens_BT,
         block=enter_block(slice_rows(tokens_BT, start_B, W), functools.partial(embed, params), mask_id, credit_BWV),
@@ -113,9 +112,7 @@ def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, m
         forwards_B=none_B,
         done_B=length_B == 0,
         cache=cache,
-        trace=Trace(jnp.zeros((B, F), jnp.int32), jnp.zeros((B, F, W), jnp.int32), jnp.zeros((B, F), bool))
-        if trace
-        else None,
+        trace=empty_trace(B, geometry.blocks * W, W) if trace else None,
     )
 
 

@@ -7,6 +7,9 @@ from flax import struct
 
 from dmax_jax.errors import InputError
 
+EMBEDDINGS = ("soft", "unnormalised", "hard")
+STOP_RULES = ("either", "consistency", "confidence")
+
 
 def _within_unit(name: str, value: float) -> None:
     if isinstance(value, int | float) and not 0 <= value <= 1:  # under jit it is a tracer, checked before
@@ -33,13 +36,22 @@ class Policy:
 
 @struct.dataclass
 class SpdPolicy(Policy):
-    """Soft Parallel Decoding (paper, section 3.3): promotion threshold tau and acceptance threshold."""
+    """Soft Parallel Decoding (paper, section 3.3): promotion threshold tau and acceptance threshold.
+
+    The static fields switch parts of the method off, for the paper's ablations (Tables 3 and 4).
+    """
 
     threshold: float = 0.5
     accept_threshold: float = 0.9
+    contiguous_prefix: bool = struct.field(default=True, pytree_node=False)  # off: promote wherever tau is reached
+    embedding: str = struct.field(default="soft", pytree_node=False)  # soft | unnormalised (Eq. 9 alone) | hard
+    stop: str = struct.field(default="either", pytree_node=False)  # either | consistency | confidence
 
     def __post_init__(self):
         super().__post_init__()
+        for name, known in (("embedding", EMBEDDINGS), ("stop", STOP_RULES)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r} is none of {', '.join(known)}")
         _within_unit("threshold", self.threshold)
         _within_unit("accept_threshold", self.accept_threshold)
 

@@ -14,7 +14,15 @@ class Trace:
 
     block_BF: jax.Array  # index of the block in the row
     tokens_BFW: jax.Array
+    confidence_BFW: jax.Array
     stop_BF: jax.Array  # the method's own rule stopped the block
+
+
+def empty_trace(rows: int, forwards: int, block_length: int) -> Trace:
+    """Room for `forwards` forwards of each row."""
+    block_BF = jnp.zeros((rows, forwards), jnp.int32)
+    tokens_BFW = jnp.zeros((rows, forwards, block_length), jnp.int32)
+    return Trace(block_BF, tokens_BFW, jnp.zeros(tokens_BFW.shape, jnp.float32), block_BF > 0)
 
 
 @struct.dataclass
@@ -44,6 +52,7 @@ def record(rows: Rows, block: Block) -> Trace:
     return Trace(
         block_BF=rows.trace.block_BF.at[row_B, at_B].set(rows.start_B // W, mode="drop"),
         tokens_BFW=rows.trace.tokens_BFW.at[row_B, at_B].set(block.tokens_BW, mode="drop"),
+        confidence_BFW=rows.trace.confidence_BFW.at[row_B, at_B].set(block.confidence_BW, mode="drop"),
         stop_BF=rows.trace.stop_BF.at[row_B, at_B].set(block.stopped_B, mode="drop"),
     )
 

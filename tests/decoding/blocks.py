@@ -19,7 +19,8 @@ def make_block(tokens, active=None) -> Block:
     """A block of one row; `active` is by default what is masked. As it stands after a step, if `active` is wider."""
     tokens_BW = np.array([tokens], np.int32)
     active_BW = tokens_BW == MASK if active is None else np.array([active], bool)
-    return Block(tokens_BW, active_BW, TABLE[tokens_BW], np.zeros(1, np.int32), np.zeros(1, bool))
+    unsure_BW = np.zeros(tokens_BW.shape, np.float32)
+    return Block(tokens_BW, active_BW, TABLE[tokens_BW], unsure_BW, np.zeros(1, np.int32), np.zeros(1, bool))
 
 
 def make_logits(tokens, confidences) -> np.ndarray:

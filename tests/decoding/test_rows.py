@@ -8,7 +8,7 @@ import pytest
 from dmax_jax.decoding.block import enter_block
 from dmax_jax.decoding.generate import decode_step, fill_leftover_masks
 from dmax_jax.decoding.policies import SpdPolicy, ThresholdPolicy
-from dmax_jax.decoding.rows import Rows, Trace, slice_rows
+from dmax_jax.decoding.rows import Rows, empty_trace, slice_rows
 from tests.decoding.blocks import EOS, MASK, embed, make_logits
 
 WIDTH, TOTAL = 4, 12
@@ -33,7 +33,7 @@ def make_rows(*prompts: list[int], end: int = TOTAL, start: int = 0) -> Rows:
         forwards_B=none_B,
         done_B=none_B > 0,
         cache=(),
-        trace=Trace(np.zeros((B, TOTAL), np.int32), np.zeros((B, TOTAL, WIDTH), np.int32), np.zeros((B, TOTAL), bool)),
+        trace=empty_trace(B, TOTAL, WIDTH),
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dmax_jax.decoding.block import Block, predict_tokens
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, SpdPolicy, ThresholdPolicy
-from dmax_jax.decoding.spd import promoted_prefix, spd_step
+from dmax_jax.decoding.spd import promoted_anywhere, promoted_prefix, spd_step
 from dmax_jax.errors import InputError
 from tests.conftest import GOLDEN
 from tests.decoding.blocks import KEYS, MASK, TABLE, embed, make_block, make_logits
@@ -36,7 +36,8 @@ def test_steps_equal_the_official_code():
         for index, case in steps:
             tokens, active = np.array([case["before"]], np.int32), np.array([case["active"]])
             embeddings = table[tokens] if embeddings is None else embeddings
-            block = Block(tokens, active, embeddings, np.zeros(1, np.int32), np.zeros(1, bool))
+            unsure = np.zeros(tokens.shape, np.float32)
+            block = Block(tokens, active, embeddings, unsure, np.zeros(1, np.int32), np.zeros(1, bool))
             block = golden_step(block, logits[index][None], SpdPolicy(threshold=case["threshold"]))
             assert block.tokens_BW[0].tolist() == case["after"], case
             assert bool(block.stopped_B[0]) == case["stop"], case
@@ -62,6 +63,58 @@ def test_steps_equal_the_official_code():
 def test_promoted_prefix(masked, confidence, promoted):
     found = promoted_prefix(jnp.array([[c == "m" for c in masked]]), jnp.array([confidence]), 0.5)
     assert found.tolist() == [[c == "+" for c in promoted]]
+
+
+@pytest.mark.parametrize(
+    ("masked", "confidence", "promoted"),
+    [
+        ("mmmm", [0.9, 0.4, 0.9, 0.6], "+.++"),  # an unsure position stops nothing
+        ("mmmm", [0.1, 0.4, 0.2, 0.4], ".+.."),  # at least the first best
+        ("tmtm", [0.9, 0.3, 0.9, 0.4], "...+"),  # the best of the masked ones
+        ("mmtm", [0.9, 0.5, 0.9, 0.4], "++.."),  # the threshold itself is enough
+        ("tttt", [0.9, 0.9, 0.9, 0.9], "...."),
+    ],
+)
+def test_promoted_anywhere(masked, confidence, promoted):
+    found = promoted_anywhere(jnp.array([[c == "m" for c in masked]]), jnp.array([confidence]), 0.5)
+    assert found.tolist() == [[c == "+" for c in promoted]]
+
+
+def test_without_the_contiguous_prefix_positions_behind_an_unsure_one_are_promoted():
+    logits = make_logits([3, 4, 5, 6], [0.9, 0.3, 0.8, 0.7])
+    after = step(make_block([MASK] * 4), logits, SpdPolicy(threshold=0.5, contiguous_prefix=False))
+    assert after.tokens_BW.tolist() == [[3, MASK, 5, 6]]
+
+
+def test_embedding_variants_differ_in_length_and_mix_alone():
+    logits = make_logits([3, 4], [0.9, 0.6])
+    soft, plain, hard = (
+        step(make_block([MASK, MASK]), logits, SpdPolicy(embedding=embedding))
+        for embedding in ("soft", "unnormalised", "hard")
+    )
+    np.testing.assert_array_equal(hard.embeddings_BWD[0], TABLE[[3, 4]])
+    mixed = 0.6 * TABLE[4] + 0.4 * TABLE[MASK]
+    np.testing.assert_allclose(plain.embeddings_BWD[0, 1], mixed, rtol=1e-5)
+    length = 0.6 * np.linalg.norm(TABLE[4]) + 0.4 * np.linalg.norm(TABLE[MASK])
+    np.testing.assert_allclose(soft.embeddings_BWD[0, 1], mixed * length / np.linalg.norm(mixed), rtol=1e-4)
+    assert soft.tokens_BW.tolist() == plain.tokens_BW.tolist() == hard.tokens_BW.tolist()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "confidences", "stops"),
+    [
+        ([3, 4], [0.8, 0.8], {"either", "consistency"}),  # nothing changes
+        ([3, 5], [0.95, 0.95], {"either", "confidence"}),  # all accepted
+        ([3, 5], [0.95, 0.8], set()),
+        ([3, 4], [0.95, 0.95], {"either", "consistency", "confidence"}),
+    ],
+)
+def test_stop_rules(tokens, confidences, stops):
+    block = make_block([3, 4], active=[True, True])
+    for rule in ("either", "consistency", "confidence"):
+        after = step(block, make_logits(tokens, confidences), SpdPolicy(stop=rule))
+        assert bool(after.stopped_B[0]) == (rule in stops), rule
+        np.testing.assert_allclose(after.confidence_BW[0], confidences, rtol=1e-5)
 
 
 def test_a_decoded_token_is_predicted_again_at_any_confidence_and_the_prompt_stays():
@@ -154,3 +207,6 @@ def test_senseless_policies_are_refused_by_name_and_number(policy):
     for value in (-1.0, float("inf"), float("nan")):
         with pytest.raises(InputError, match=f"temperature={value}"):
             policy(temperature=value)
+    for name in ("stop", "embedding"):
+        with pytest.raises(InputError, match=f"{name}='none'"):
+            SpdPolicy(**{name: "none"})

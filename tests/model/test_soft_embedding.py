@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmax_jax.decoding.soft_embedding import soft_embedding
+from dmax_jax.model.soft_embedding import soft_embedding
 
 soft = jax.jit(soft_embedding)
 
