@@ -91,10 +91,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where training samples come from: a JSONL file (`path`) or a task that generates its own (`task`)."""
+    """Where training samples come from: JSONL files (`path`) or a task that generates its own (`task`)."""
 
     tokenizer: str = ""  # directory with tokenizer.json; empty: the initial checkpoint's, else the demo's
-    path: str = ""
+    path: str = ""  # a file, or a glob pattern such as answers-*-of-*.jsonl, whose files are read in sorted order
     task: str = ""
     sequence_length: int = 192  # positions per sample, prompt and answer, padded with EOS
     samples: int = 0  # of a task: samples in one epoch

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dmax_jax.data.shards import matching_files
 from dmax_jax.data.tokenizer import MASK, ROLE_END, Messages, Tokenizer
 from dmax_jax.errors import InputError
 
@@ -66,21 +67,23 @@ def _describe(row: Any) -> str:
 
 
 def read_rows(path: str | pathlib.Path, *, answered: bool = True) -> list[dict[str, Any]]:
-    """Reads the samples of a JSONL file; empty lines are skipped. With `answered` off, a row may lack its answer.
+    """Reads the samples of a JSONL file, or of all that a glob pattern matches, one file after another in sorted order.
 
-    Raises InputError naming file and line if the file is missing or empty, or a line is no sample.
+    Empty lines are skipped. With `answered` off, a row may lack its answer. Raises InputError naming file and line if a
+    file or shard is missing, there is no sample, or a line is none.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give a JSONL file with question and answer, or messages, in each line")
-    rows = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_parse(line, f"{path}, line {number}", answered))
+    rows = [row for file in matching_files(path) for row in _read_file(file, answered)]
     if not rows:
         raise InputError(f"{path}: the file is empty; it needs a sample in each line")
     return rows
+
+
+def _read_file(path: pathlib.Path, answered: bool) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give a JSONL file with question and answer, or messages, in each line")
+    with path.open("rb") as lines:
+        numbered = enumerate(lines, start=1)
+        return [_parse(line, f"{path}, line {number}", answered) for number, line in numbered if line.strip()]
 
 
 def _parse(line: bytes, where: str, answered: bool) -> dict[str, Any]:

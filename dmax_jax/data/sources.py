@@ -1,4 +1,4 @@
-"""Where samples come from: a task that makes them up, or a JSONL file; both end as token arrays in memory."""
+"""Where samples come from: a task that makes them up, or JSONL files; both end as token arrays in memory."""
 
 import concurrent.futures
 import contextlib

@@ -72,17 +72,26 @@ class Answer:
 
 
 def decode_prompts(
-    params: Params, config: ModelConfig, prompts: Sequence[Sequence[int]], policy: Policy, settings: DecodeSettings
+    params: Params,
+    config: ModelConfig,
+    prompts: Sequence[Sequence[int]],
+    policy: Policy,
+    settings: DecodeSettings,
+    *,
+    first_index: int = 0,
 ) -> Iterator[Answer]:
     """Yields the answer to every prompt, in order, `settings.batch_size` at a time.
 
-    A prompt's noise depends on the seed and its index alone. Raises InputError for a prompt that can't be decoded.
+    A prompt's noise depends on the seed and its index alone. `first_index` is that of the first prompt, if these are
+    the rest of more prompts: after whole batches, the same batches follow as if all were given. Raises InputError for
+    a prompt that can't be decoded.
     """
-    for index, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts, first_index):
         check_prompt(prompt, index, config, settings)
-    size = min(settings.batch_size, len(prompts))
+    size = min(settings.batch_size, first_index + len(prompts))
     for first in range(0, len(prompts), size or 1):
-        yield from _decode_batch(params, config, prompts[first : first + size], first, size, policy, settings)
+        batch = prompts[first : first + size]
+        yield from _decode_batch(params, config, batch, first_index + first, size, policy, settings)
 
 
 def check_prompt(prompt: Sequence[int], index: int, config: ModelConfig, settings: DecodeSettings) -> None:

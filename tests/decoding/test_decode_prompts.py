@@ -92,6 +92,27 @@ def test_answers_come_in_order_with_their_figures(params):
     assert answers[0].seconds == answers[1].seconds != answers[2].seconds  # of the whole batch
 
 
+def test_the_rest_of_the_prompts_gets_the_same_answers(params, compilations):
+    prompts = [[first, 2, 3, 4, 5][: 4 + first % 2] for first in range(5)]
+    policy = dataclasses.replace(POLICY, temperature=1.0)
+
+    def tokens(prompts, **first):
+        return [answer.token_ids for answer in decode_prompts(params, SMALL, prompts, policy, SETTINGS, **first)]
+
+    everything = tokens(prompts)
+    compilations.clear()
+    for first in (2, 4):
+        assert tokens(prompts[first:], first_index=first) == everything[first:]
+    assert compilations == []  # the same program, for a last short batch, too
+    assert tokens(prompts[4:], first_index=2) != everything[4:]  # noise of another index
+    assert tokens([], first_index=5) == []
+
+
+def test_a_bad_prompt_of_the_rest_is_counted_from_the_first(params):
+    with pytest.raises(InputError, match="prompt 5 is empty"):
+        next(decode_prompts(params, SMALL, [[1], []], POLICY, SETTINGS, first_index=4))
+
+
 def test_tokens_per_forward_count_the_prefill():
     answer = Answer([1], [5, 6, 7, 9, 9], generated_tokens=3, forwards=5, seconds=2.0, trace=None)
     assert (answer.tpf, answer.tps, answer.answer_ids) == (0.5, 1.5, [5, 6, 7])
