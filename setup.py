@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dmax_jax", "dmax_jax.*"]),
     py_modules=["convert_checkpoint"],
-    package_data={"dmax_jax": ["assets/*/*"]},
+    package_data={"dmax_jax": ["assets/*/*", "evaluation/player.html"]},
     install_requires=[
         "jax>=0.10.2,<0.12",
         "flax>=0.12",

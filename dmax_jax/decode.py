@@ -9,6 +9,16 @@ before the end token, forwards over blocks, tokens per forward (TPF; the prefill
 per second (TPS; the prefill counts, compilation doesn't). --output writes one JSON object, or with --prompts_file a
 list with an object per row: prompt_ids, token_ids, text, forwards, generated_tokens, tpf, tps, seconds (of its whole
 batch), method and all settings; with --trace also "trace", the block after each forward.
+
+--method, --checkpoint and --threshold may be repeated, to compare: the prompts are answered once per value, and the
+JSON is a list with an object per answer. Values are paired in order; a flag given once serves all.
+
+--html writes a page that plays how each answer came about, forward by forward, and needs nothing but a browser; what is
+compared plays side by side on one clock of forwards:
+
+  python -m dmax_jax.decode --checkpoint=demo_base --method=threshold --checkpoint=demo --method=spd --gen_length=128
+    --html=decoding.html --prompt="Tom works 6 hours at 7 dollars each. Then Tom pays 5 dollars each for 6 cards. How
+    many dollars are left?"
 """
 
 import dataclasses
@@ -20,16 +30,20 @@ from absl import flags
 from tqdm import tqdm
 
 from dmax_jax import command
+from dmax_jax.assets import checkpoint_directory
+from dmax_jax.checkpoint.layout import detect_layout
 from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.data.tokenizer import Messages, Tokenizer
-from dmax_jax.decoding.batch import Answer, decode_prompts
+from dmax_jax.decoding.batch import Answer, DecodeSettings, decode_prompts
+from dmax_jax.decoding.policies import Policy
 from dmax_jax.decoding_flags import DecodingFlags, LoadedModel
 from dmax_jax.errors import InputError
 from dmax_jax.evaluation.metrics import total_seconds
-from dmax_jax.output_file import prepare_output, write_json
+from dmax_jax.evaluation.player import Run, page
+from dmax_jax.output_file import prepare_output, whole_file, write_json
 
 FLAGS = flags.FlagValues()
-DECODING = DecodingFlags(FLAGS)
+DECODING = DecodingFlags(FLAGS, repeatable=True)
 PROMPT = flags.DEFINE_string("prompt", None, "A question; it goes through the chat template.", flag_values=FLAGS)
 INPUT_IDS = flags.DEFINE_string("input_ids", None, "The prompt's token ids as they are: 5,7,9.", flag_values=FLAGS)
 PROMPTS_FILE = flags.DEFINE_string(
@@ -37,7 +51,11 @@ PROMPTS_FILE = flags.DEFINE_string(
     "the user's), input_ids.", flag_values=FLAGS,
 )  # fmt: skip
 OUTPUT = flags.DEFINE_string(
-    "output", None, "JSON file to write: an object; with --prompts_file a list of them.", flag_values=FLAGS
+    "output", None, "JSON file to write: an object; a list of them with --prompts_file or a repeated --method.",
+    flag_values=FLAGS,
+)  # fmt: skip
+HTML = flags.DEFINE_string(
+    "html", None, "HTML file to write: a page that plays every answer forward by forward.", flag_values=FLAGS
 )
 TRACE = flags.DEFINE_bool(
     "trace",
@@ -53,23 +71,58 @@ def main() -> None:
     prompts = requested_prompts()
     if TRACE.value and not OUTPUT.value:
         raise InputError("--trace needs --output: the trace is part of the JSON")
-    policy, settings = DECODING.policy(), DECODING.settings(trace=TRACE.value)
+    runs = DECODING.runs()
+    policies = [run.policy() for run in runs]
+    settings = DECODING.settings(trace=TRACE.value or HTML.value is not None)
     output = prepare_output(OUTPUT.value) if OUTPUT.value else None
+    html = None if HTML.value is None else prepare_html(HTML.value)
+    directories = [checkpoint_directory(run.checkpoint) for run in runs]
+    for directory in directories:
+        detect_layout(directory)  # a checkpoint that isn't there is refused before any is used
     use_compilation_cache()
-    model = DECODING.load()
+    records, played, model = [], [], None
+    for run, policy, directory in zip(runs, policies, directories, strict=True):
+        if model is None or model.directory != directory:
+            model = None  # makes room for the next
+            model = run.load()
+        name = f"{run.method} {policy.threshold:g} ({run.checkpoint}): " if len(runs) > 1 else ""
+        answers = answer_prompts(prompts, model, policy, settings, name)
+        records += [to_record(answer, run, model.tokenizer) for answer in answers]
+        mask_id, eos_id = model.config.mask_token_id, model.config.eos_token_id
+        played.append(Run(run.method, run.checkpoint, policy, answers, model.tokenizer, mask_id, eos_id))
+    if output:
+        write_json(output, records if PROMPTS_FILE.value is not None or len(runs) > 1 else records[0])
+    if html:
+        with whole_file(html) as file:
+            file.write(page([prompt_text(prompt, played[0].tokenizer) for prompt in prompts], played))
+
+
+def answer_prompts(
+    prompts: list[Prompt], model: LoadedModel, policy: Policy, settings: DecodeSettings, name: str
+) -> list[Answer]:
+    """Answers the prompts and prints each answer; the run's name, if any, stands before its figures."""
     ids = [encode(prompt, model) for prompt in prompts]
     decoded = decode_prompts(model.params, model.config, ids, policy, settings)
     answers = []
     for answer in tqdm(decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size):
-        tqdm.write(shown(answer, model.tokenizer))  # does not tear the progress bar as print does
+        tqdm.write(shown(answer, model.tokenizer, name))  # does not tear the progress bar as print does
         answers.append(answer)
     if len(answers) > 1:
-        tokens, forwards = (sum(getattr(a, name) for a in answers) for name in ("generated_tokens", "forwards"))
+        tokens, forwards = (sum(getattr(a, field) for a in answers) for field in ("generated_tokens", "forwards"))
         tpf, tps = tokens / (forwards + len(answers)), tokens / total_seconds(answers, settings.batch_size)
-        print(f"together: {figures(tokens, forwards, tpf, tps)}")
-    if output:
-        records = [to_record(answer, model.tokenizer) for answer in answers]
-        write_json(output, records if PROMPTS_FILE.value is not None else records[0])
+        print(f"{name}together: {figures(tokens, forwards, tpf, tps)}")
+    return answers
+
+
+def prepare_html(name: str) -> pathlib.Path:
+    """As prepare_output for the other file; raises InputError if it is the same."""
+    try:
+        path = prepare_output(name)
+    except InputError as error:
+        raise InputError(str(error).replace("--output=", "--html=", 1)) from None
+    if OUTPUT.value and path.absolute() == pathlib.Path(OUTPUT.value).absolute():
+        raise InputError(f"--html={name} is the file of --output; name another")
+    return path
 
 
 def requested_prompts() -> list[Prompt]:
@@ -144,23 +197,32 @@ def encode(prompt: Prompt, model: LoadedModel) -> list[int]:
     return model.tokenizer.encode_prompt(prompt)
 
 
-def shown(answer: Answer, tokenizer: Tokenizer | None) -> str:
+def prompt_text(prompt: Prompt, tokenizer: Tokenizer | None) -> str:
+    """A prompt as a reader wants to see it: without the chat template."""
+    if isinstance(prompt, str):
+        return prompt
+    if is_ids(prompt):
+        return ",".join(map(str, prompt)) if tokenizer is None else tokenizer.decode(prompt)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def shown(answer: Answer, tokenizer: Tokenizer | None, name: str) -> str:
     """The text (or the ids) before the end token, and the line of figures."""
     text = ",".join(map(str, answer.answer_ids)) if tokenizer is None else tokenizer.decode(answer.answer_ids)
-    return f"{text}\n{figures(answer.generated_tokens, answer.forwards, answer.tpf, answer.tps)}"
+    return f"{text}\n{name}{figures(answer.generated_tokens, answer.forwards, answer.tpf, answer.tps)}"
 
 
 def figures(tokens: int, forwards: int, tpf: float, tps: float) -> str:
     return f"{tokens} tokens, {forwards} forwards, {tpf:.2f} tokens/forward (TPF), {tps:.1f} tokens/s (TPS)"
 
 
-def to_record(answer: Answer, tokenizer: Tokenizer | None) -> dict:
+def to_record(answer: Answer, run: DecodingFlags, tokenizer: Tokenizer | None) -> dict:
     """The JSON object of an answer; the policy's settings stand beside the others."""
-    fields, settings = dataclasses.asdict(answer), DECODING.describe()
+    fields, settings = dataclasses.asdict(answer), run.describe()
     trace, policy = fields.pop("trace"), settings.pop("policy")
     text = None if tokenizer is None else tokenizer.decode(answer.answer_ids)
     record = fields | {"text": text, "tpf": answer.tpf, "tps": answer.tps} | settings | policy
-    return record if trace is None else record | {"trace": trace}
+    return record | {"trace": trace} if TRACE.value else record
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The flags that all decoding commands share, and what is built from them: model, policy, settings."""
 
+import copy
 import dataclasses
 import pathlib
+from typing import Any, Self
 
 import jax
 from absl import flags
@@ -24,6 +26,7 @@ from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params
 from dmax_jax.sharding import make_mesh
 
+REPEATABLE = ("checkpoint", "method", "threshold")
 POLICIES = {"spd": SpdPolicy, "threshold": ThresholdPolicy, "hierarchical": HierarchicalPolicy, "credit": CreditPolicy}
 
 
@@ -36,7 +39,11 @@ class LoadedModel:
 
 
 class DecodingFlags:
-    """Defines the flags in `flag_values`; the other methods read them after parsing."""
+    """Defines the flags in `flag_values`; the other methods read them after parsing.
+
+    With `repeatable`, checkpoint, method and threshold may be given several times; then the other methods are those of
+    each of the `runs`.
+    """
 
     def __init__(
         self,
@@ -46,15 +53,23 @@ class DecodingFlags:
         method: str = "spd",
         batch_size: int = 1,
         gen_length: int = 256,
+        repeatable: bool = False,
     ):
         values = self._values = flag_values
-        flags.DEFINE_string(
+        self._repeatable = repeatable
+        self._chosen: dict[str, Any] = {}  # of the repeatable flags, in one of the runs
+        define_string, define_enum, define_float = (
+            (flags.DEFINE_multi_string, flags.DEFINE_multi_enum, flags.DEFINE_multi_float)
+            if repeatable
+            else (flags.DEFINE_string, flags.DEFINE_enum, flags.DEFINE_float)
+        )
+        define_string(
             "checkpoint", checkpoint, "Checkpoint directory: Hugging Face layout, Orbax, or a training's --workdir; "
             "demo and demo_base are the models that come with the package, with and without DMax training.",
             flag_values=values,
         )  # fmt: skip
-        flags.DEFINE_enum("method", method, list(POLICIES), "How blocks are decoded.", flag_values=values)
-        flags.DEFINE_float(
+        define_enum("method", method, list(POLICIES), "How blocks are decoded.", flag_values=values)
+        define_float(
             "threshold", None, "Confidence from which a masked token is taken; default: 0.5 for spd, 0.95 for the "
             "others.", flag_values=values,
         )  # fmt: skip
@@ -88,11 +103,38 @@ class DecodingFlags:
         flags.DEFINE_integer("eos_id", None, "Instead of the checkpoint's own end token.", flag_values=values)
         flags.DEFINE_integer("mask_id", None, "Instead of the checkpoint's own mask token.", flag_values=values)
 
+    def runs(self) -> list[Self]:
+        """One for each value of the repeated flags, which are paired in order; a flag given once serves all.
+
+        Raises InputError if their numbers of values don't match.
+        """
+        given = {name: self._values[name].value or [None] for name in REPEATABLE} if self._repeatable else {}
+        count = max(map(len, given.values()), default=1)
+        short = {name: value for name, value in given.items() if len(value) not in (1, count)}
+        if short:
+            (name, value), *_ = short.items()
+            longest = next(name for name, value in given.items() if len(value) == count)
+            raise InputError(f"--{name} is given {len(value)} times and --{longest} {count}: give one, or as many")
+        runs = [copy.copy(self) for _ in range(count)]
+        for number, run in enumerate(runs):
+            run._chosen = {name: value[number % len(value)] for name, value in given.items()}
+        return runs
+
+    def _value(self, name: str) -> Any:
+        return self._chosen[name] if name in self._chosen else self._values[name].value
+
+    @property
+    def checkpoint(self) -> str:
+        return self._value("checkpoint")
+
+    @property
+    def method(self) -> str:
+        return self._value("method")
+
     def policy(self) -> Policy:
-        values = self._values
-        policy = POLICIES[values.method]
+        policy = POLICIES[self.method]
         names = {field.name for field in dataclasses.fields(policy)}
-        given = {name: values[name].value for name in names if name in values}
+        given = {name: self._value(name) for name in names if name in self._values}
         return policy(**{name: value for name, value in given.items() if value is not None})
 
     def settings(self, *, trace: bool = False) -> DecodeSettings:
@@ -108,7 +150,7 @@ class DecodingFlags:
     def load(self) -> LoadedModel:
         """Loads checkpoint and tokenizer; raises InputError for anything wrong with them."""
         values = self._values
-        directory = checkpoint_directory(values.checkpoint)
+        directory = checkpoint_directory(self.checkpoint)
         mesh = make_mesh(parse_mesh(values.mesh)) if values.mesh else None
         config, params = load_checkpoint(
             directory, values.dtype, mesh, mask_token_id=values.mask_id, eos_token_id=values.eos_id
@@ -121,8 +163,8 @@ class DecodingFlags:
         """Method, its settings, and where it ran, for a result's JSON."""
         values = self._values
         return {
-            "checkpoint": values.checkpoint,
-            "method": values.method,
+            "checkpoint": self.checkpoint,
+            "method": self.method,
             "policy": dataclasses.asdict(self.policy()),
             "gen_length": values.gen_length,
             "block_length": values.block_length,

@@ -139,6 +139,63 @@ def test_text_and_conversations(tmp_path, capsys):
     assert {**records[1], "seconds": 0, "tps": 0} == {**record, "seconds": 0, "tps": 0}
 
 
+def test_what_is_compared_is_named_and_plays_side_by_side(tmp_path, capsys, monkeypatch):
+    names = [write_random_model(tmp_path / name) for name in ("one", "two")]
+    loads, load = [], decode.DecodingFlags.load
+    monkeypatch.setattr(decode.DecodingFlags, "load", lambda run: loads.append(run.checkpoint) or load(run))
+    arguments = ["--method=threshold", "--gen_length=8", "--block_length=8", "--prompt=How many pens?"]
+    compared = [f"--checkpoint={names[0]}", f"--checkpoint={names[1]}", "--threshold=0", "--threshold=1"]
+    html = tmp_path / "pages" / "out.html"
+    records = written(tmp_path, *arguments, *compared, f"--html={html}")
+    assert [record["checkpoint"] for record in records] == [str(name) for name in names] == loads
+    assert [record["threshold"] for record in records] == [0, 1]
+    assert [record["method"] for record in records] == ["threshold"] * 2
+    assert records[0]["forwards"] < records[1]["forwards"]
+    assert all("trace" not in record for record in records)  # it is the page's alone
+    figures = [line for line in capsys.readouterr().out.splitlines() if " forwards, " in line]
+    for line, record in zip(figures, records, strict=True):
+        name = f"threshold {record['threshold']:g} ({record['checkpoint']}): "
+        assert line.startswith(f"{name}{record['generated_tokens']} tokens, {record['forwards']} forwards, ")
+    assert [path.name for path in html.parent.iterdir()] == ["out.html"]
+    data = re.search(r'<script type="application/json".*?>(.*?)</script>', html.read_text(), re.DOTALL)[1]
+    (shown,) = json.loads(data)
+    assert shown["prompt"] == "How many pens?"
+    for run, record in zip(shown["runs"], records, strict=True):
+        assert run["text"] == record["text"]
+        assert len(run["frames"]) == record["forwards"] + 1
+        assert run["frames"][-1]["tokens"] == record["generated_tokens"]
+        method, threshold, checkpoint = (record[name] for name in ("method", "threshold", "checkpoint"))
+        assert run["settings"] == [f"method={method}", f"threshold={threshold:g}", f"checkpoint={checkpoint}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "runs"),
+    [
+        ("", [("demo", "spd", None)]),
+        ("--method=threshold", [("demo", "threshold", None)]),
+        ("--method=credit --method=spd", [("demo", "credit", None), ("demo", "spd", None)]),
+        ("--method=spd --checkpoint=a --threshold=1 --checkpoint=b", [("a", "spd", 1), ("b", "spd", 1)]),
+    ],
+)
+def test_repeated_flags_are_paired_and_a_single_one_serves_all(arguments, runs):
+    def seen():
+        found.extend((run.checkpoint, run.method, run.policy().threshold) for run in decode.DECODING.runs())
+
+    found = []
+    command.run(seen, decode.FLAGS, decode.__doc__, ["decode", *arguments.split()])
+    default = {"spd": 0.5, "threshold": 0.95, "credit": 0.95}
+    assert found == [(c, method, default[method] if threshold is None else threshold) for c, method, threshold in runs]
+
+
+def test_a_prompt_on_the_page_is_without_template():
+    tokenizer = load_tokenizer(DEMO)
+    assert decode.prompt_text("How?", tokenizer) == "How?"
+    conversation = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "How?"}]
+    assert decode.prompt_text(conversation, tokenizer) == "system: Be brief.\nuser: How?"
+    assert decode.prompt_text(tokenizer.encode("6 cards"), tokenizer) == "6 cards"
+    assert decode.prompt_text([5, 7], None) == "5,7"
+
+
 def error_of(capsys, *arguments) -> str:
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
@@ -172,6 +229,17 @@ def error_of(capsys, *arguments) -> str:
         ("--input_ids=5 --colour=red", "colour"),
         ("--input_ids=5 more", "'more'"),
         ("--input_ids=5 --trace", "--trace needs --output"),
+        ("--input_ids=5 --method=spd --method=fast", "--method=fast"),
+        ("--input_ids=5 --method=spd --threshold=1 --threshold=7", "threshold=7.0"),
+        (
+            "--input_ids=5 --checkpoint=b --method=spd --method=spd --method=spd",
+            "--checkpoint is given 2 times and --method 3: give one, or as many",
+        ),
+        ("--input_ids=5 --html=dmax_jax", "--html=dmax_jax is a directory"),
+        ("--input_ids=5 --html=", "--html= is a directory"),
+        ("--input_ids=5 --html=setup.py/out.html", "--html=setup.py/out.html: its directory"),
+        ("--input_ids=5 --html=out --output=./out", "--html=out is the file of --output"),
+        ("--input_ids=5 --checkpoint=absent", "absent: no such directory"),
         ("--input_ids=5 --output=dmax_jax", "--output=dmax_jax is a directory"),
         ("--input_ids=5 --output=setup.py/out.json", "--output=setup.py/out.json"),
     ],
@@ -184,7 +252,6 @@ def test_bad_flags_end_before_the_model_is_loaded(arguments, culprit, capsys, mo
 @pytest.mark.parametrize(
     ("arguments", "culprit"),
     [
-        ("--input_ids=5 --checkpoint=absent", "absent: no such directory"),
         ("--input_ids=5,512", "id 512, outside the vocabulary of 512"),
         ("--input_ids=-1", "id -1, outside"),
         ("--input_ids=511", "mask id 511"),
