@@ -120,6 +120,8 @@ class ObjectiveConfig:
     schedule: str = "joint"  # of oput: joint (Eq. 6) | alternating (the official code)
     rollout: str = "argmax"  # of oput: argmax (the official code) | sample (Eq. 3)
     rollout_steps: int = 1  # of oput: how often the model predicts again from its own predictions
+    rollout_embedding: str = "hard"  # of oput: hard (the paper) | soft (as soft decoding feeds its predictions back)
+    rollout_promotion: str = "all"  # of oput: all masks (the paper) | prefix (as soft decoding does, tau from [0, 1])
     inverse_rate_weight: bool = False  # of mdlm: divide a sample's loss by its mask rate
     certainty: float = 2.0  # of dparallel: weight of the entropy at positions that are already right
     supervised_padding: int = 32  # how many of the trailing EOS of a sample count in the loss
@@ -129,6 +131,8 @@ class ObjectiveConfig:
             ("kind", ("mdlm", "oput", "uniform", "dparallel")),
             ("schedule", ("joint", "alternating")),
             ("rollout", ("argmax", "sample")),
+            ("rollout_embedding", ("hard", "soft")),
+            ("rollout_promotion", ("all", "prefix")),
         ):
             value = getattr(self, name)
             _require(value in known, f"objective: {name}={value!r} is none of {', '.join(known)}")

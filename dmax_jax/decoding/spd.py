@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from dmax_jax.decoding.block import Block, predict_tokens
 from dmax_jax.decoding.policies import SpdPolicy
+from dmax_jax.model.promotion import promoted_anywhere, promoted_prefix
 from dmax_jax.model.soft_embedding import soft_embedding
 
 
@@ -40,19 +41,3 @@ def spd_step(block: Block, logits_BWV: jax.Array, keys_B: jax.Array, embed, poli
         confidence_BW=confidence_BW,
         stopped_B=rules[policy.stop],
     )
-
-
-def promoted_prefix(masked_BW: jax.Array, confidence_BW: jax.Array, threshold: float) -> jax.Array:
-    """The masked positions left of the first unsure masked one; the left-most masked position if there are none."""
-    unsure_BW = masked_BW & (confidence_BW < threshold)
-    prefix_BW = masked_BW & (jnp.cumsum(unsure_BW, axis=-1) == 0)
-    leftmost_BW = masked_BW & (jnp.cumsum(masked_BW, axis=-1) == 1)
-    return jnp.where(jnp.any(prefix_BW, axis=-1, keepdims=True), prefix_BW, leftmost_BW)
-
-
-def promoted_anywhere(masked_BW: jax.Array, confidence_BW: jax.Array, threshold: float) -> jax.Array:
-    """Every sure masked position; the first most confident masked position if there are none."""
-    sure_BW = masked_BW & (confidence_BW >= threshold)
-    best_B = jnp.argmax(jnp.where(masked_BW, confidence_BW, -1), axis=-1)
-    best_BW = masked_BW & jax.nn.one_hot(best_B, masked_BW.shape[-1], dtype=bool)
-    return jnp.where(jnp.any(sure_BW, axis=-1, keepdims=True), sure_BW, best_BW)

@@ -1,22 +1,23 @@
-"""Who may see whom: block-causal, and the two-stream mask of training. True means visible."""
+"""Who may see whom, as a mask or as a pattern that needs none."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockPattern:
+    """A block sees itself and all earlier blocks; said without a mask, so that attention can skip what is hidden.
+
+    Without a cache this is `block_causal_mask`. With the clean stream as the cache of a noisy one, the earlier blocks
+    are the clean ones: the two-stream mask of training.
+    """
+
+    block_length: int
+
+
 def block_causal_mask(length: int, block_length: int) -> jax.Array:
-    """[1, T, T]: a position sees its own block and all earlier ones; the grid starts at position 0."""
+    """[1, T, T], true where visible: a position sees its own block and all earlier ones; the grid starts at position 0."""
     block_T = jnp.arange(length) // block_length
     return (block_T[:, None] >= block_T[None, :])[None]
-
-
-def two_stream_mask(length: int, block_length: int) -> jax.Array:
-    """[1, 2T, 2T] for `[noisy | clean]`, both of `length` positions.
-
-    A noisy block sees itself and earlier clean blocks, a clean block sees itself and earlier clean blocks.
-    """
-    block_T = jnp.arange(length) // block_length
-    own, earlier = block_T[:, None] == block_T[None, :], block_T[:, None] > block_T[None, :]
-    noisy = jnp.concatenate([own, earlier], axis=1)
-    clean = jnp.concatenate([jnp.zeros_like(own), own | earlier], axis=1)
-    return jnp.concatenate([noisy, clean])[None]

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from dmax_jax.config import ModelConfig
+from dmax_jax.kernels.embedding import lookup
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.layers import rms_norm, rotary_angles, swiglu
+from dmax_jax.model.masks import BlockPattern
 from dmax_jax.model.moe import moe
 from dmax_jax.model.params import Layer, Moe, Params
 
@@ -25,13 +27,15 @@ def transformer(
     params: Params,
     x_BTD: jax.Array,
     positions_BT: jax.Array,
-    mask_BTS: jax.Array,
+    visible: jax.Array | BlockPattern,
     config: ModelConfig,
     *,
     cache: KVCache | None = None,
 ) -> Output:
-    """Runs all layers on T positions that see the S = cached + T positions which `mask_BTS` allows.
+    """Runs all layers on T positions.
 
+    `visible` is a mask [B, T, S] over S = cached + T positions, true where one may be seen; or a pattern of blocks, in
+    which the cache holds the T positions of the stream that the earlier blocks are taken from (default: the own one).
     The computation is in the dtype of the parameters, to which `x_BTD` is cast. Batch axes of positions and mask may
     be 1.
     """
@@ -42,16 +46,16 @@ def transformer(
         for index, layer in enumerate(params.layers):
             with jax.named_scope(f"layer_{index}"):
                 cached = None if cache is None else cache[index]
-                x_BTD, new, load = _layer(x_BTD, layer, angles, mask_BTS, cached, config)
+                x_BTD, new, load = _layer(x_BTD, layer, angles, visible, cached, config)
             kv.append(new)
             loads += [] if load is None else [load]
     return Output(rms_norm(x_BTD, params.norm, config.rms_norm_eps), tuple(kv), tuple(loads))
 
 
-def _layer(x_BTD, layer: Layer, angles, mask_BTS, cached, config: ModelConfig):
+def _layer(x_BTD, layer: Layer, angles, visible, cached, config: ModelConfig):
     with jax.named_scope("attention"):
         normal_BTD = rms_norm(x_BTD, layer.attention_norm, config.rms_norm_eps)
-        out_BTD, new = attention(normal_BTD, layer.attention, angles, mask_BTS, cached, config)
+        out_BTD, new = attention(normal_BTD, layer.attention, angles, visible, cached, config)
         x_BTD = x_BTD + out_BTD
     with jax.named_scope("mlp"):
         normal_BTD = rms_norm(x_BTD, layer.mlp_norm, config.rms_norm_eps)
@@ -63,7 +67,7 @@ def _layer(x_BTD, layer: Layer, angles, mask_BTS, cached, config: ModelConfig):
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding table: [...] -> [..., D]."""
-    return params.embed[tokens]
+    return lookup(params.embed, tokens)
 
 
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:

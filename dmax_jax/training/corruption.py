@@ -32,10 +32,15 @@ def random_tokens(keys_B: jax.Array, length: int, vocab_size: int) -> jax.Array:
     return jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 1), (length,), 0, vocab_size))(keys_B)
 
 
-def draw_predictions(logits_BTV: jax.Array, keys_B: jax.Array, rollout: str) -> jax.Array:
-    """[B, T]: the most probable token (`argmax`, the official code) or a draw (`sample`, Eq. 3) at every position."""
+def draw_predictions(logits_BTV: jax.Array, keys_B: jax.Array, rollout: str) -> tuple[jax.Array, jax.Array]:
+    """At every position the most probable token (`argmax`, the official code) or a draw (`sample`, Eq. 3).
+
+    Returns the tokens and their probability, both [B, T].
+    """
     if rollout == "argmax":
-        return jnp.argmax(logits_BTV, axis=-1)
-    return jax.vmap(lambda key, logits_TV: jax.random.categorical(jax.random.fold_in(key, 2), logits_TV))(
-        keys_B, logits_BTV
-    )
+        drawn_BT = jnp.argmax(logits_BTV, axis=-1)
+    else:
+        draw = lambda key, logits_TV: jax.random.categorical(jax.random.fold_in(key, 2), logits_TV)  # noqa: E731
+        drawn_BT = jax.vmap(draw)(keys_B, logits_BTV)
+    chosen_BT = jnp.take_along_axis(logits_BTV, drawn_BT[:, :, None], axis=-1)[:, :, 0]
+    return drawn_BT, jnp.exp(chosen_BT - jax.nn.logsumexp(logits_BTV, axis=-1))

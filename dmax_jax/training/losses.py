@@ -1,7 +1,6 @@
-"""The differentiated side of training: two-stream forward, loss of a sequence, and the rollout that feeds it."""
+"""The differentiated side of training: the clean stream, the noisy stream over it, and the loss of a sequence."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -10,11 +9,15 @@ import optax
 from flax import struct
 
 from dmax_jax.config import ModelConfig, ObjectiveConfig
-from dmax_jax.model.masks import two_stream_mask
+from dmax_jax.model.cache import KVCache
+from dmax_jax.model.masks import BlockPattern
 from dmax_jax.model.params import Params, cast_params
-from dmax_jax.model.transformer import embed, transformer, unembed
+from dmax_jax.model.soft_embedding import soft_embedding
+from dmax_jax.model.transformer import Output, embed, transformer, unembed
 from dmax_jax.training.batch import Batch
 from dmax_jax.training.corruption import draw_predictions
+
+Loads = tuple[jax.Array, ...]  # of the experts, one [E] per sparse layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +31,19 @@ class Problem:
 
 
 @struct.dataclass
-class Forward:
-    logits_BTV: jax.Array  # of the noisy half
-    loads: tuple[jax.Array, ...]
+class Reader:
+    """What a noisy stream is run with: the parameters, and the clean stream's keys and values that it sees."""
+
+    params: Params
+    clean: KVCache
+
+
+@struct.dataclass
+class Noisy:
+    """The noisy stream's inputs. A position with a confidence above 0 is softened towards the mask by it."""
+
+    tokens_BT: jax.Array
+    confidence_BT: jax.Array | None = None  # None: every embedding is hard
 
 
 @struct.dataclass
@@ -40,23 +53,40 @@ class Evidence:
     loss_B: jax.Array
     argmax_BT: jax.Array
     drawn_BT: jax.Array  # predictions for a rollout
-    loads: tuple[jax.Array, ...]
+    confidence_BT: jax.Array  # and their probability
+    loads: Loads
 
 
-def two_stream_forward(params: Params, inputs_BT: jax.Array, clean_BT: jax.Array, problem: Problem) -> Forward:
-    """Runs `[inputs | clean]` under the training mask; a position's logits predict its own token (no shift)."""
-    T = clean_BT.shape[1]
+def read_clean(params: Params, clean_BT: jax.Array, problem: Problem) -> tuple[KVCache, Loads]:
+    """Runs the clean stream, in which a block sees itself and the earlier ones."""
+    out = _run_stream(params, embed(params, clean_BT), problem, None)
+    return out.kv, out.loads
+
+
+def read_noisy(reader: Reader, noisy: Noisy, problem: Problem) -> tuple[jax.Array, Loads]:
+    """Runs a noisy stream, in which a block sees itself and the earlier clean ones; returns float32 logits [B, T, V].
+
+    A position's logits predict its own token (no shift).
+    """
     # From the float32 table: its gradient sums thousands of masks into one row, which bfloat16 can't add up.
-    x_BTD = embed(params, jnp.concatenate([inputs_BT, clean_BT], axis=1))
+    x_BTD = embed(reader.params, noisy.tokens_BT)
+    if noisy.confidence_BT is not None:
+        mask_D = embed(reader.params, jnp.asarray(problem.model.mask_token_id))
+        soft_BTD = soft_embedding(x_BTD, mask_D, noisy.confidence_BT)
+        x_BTD = jnp.where((noisy.confidence_BT > 0)[:, :, None], soft_BTD, x_BTD)
+    out = _run_stream(reader.params, x_BTD, problem, reader.clean)
+    return unembed(cast_params(reader.params, problem.dtype), out.hidden_BTD), out.loads
+
+
+def _run_stream(params: Params, x_BTD: jax.Array, problem: Problem, clean: KVCache | None) -> Output:
+    positions = jnp.arange(x_BTD.shape[1])[None]
     params = cast_params(params, problem.dtype)
-    positions = jnp.tile(jnp.arange(T), 2)[None]
-    out = transformer(params, x_BTD, positions, two_stream_mask(T, problem.block_length), problem.model)
-    return Forward(unembed(params, out.hidden_BTD[:, :T]), out.loads)
+    return transformer(params, x_BTD, positions, BlockPattern(problem.block_length), problem.model, cache=clean)
 
 
 def sequence_loss(
-    params: Params,
-    inputs_BT: jax.Array,
+    reader: Reader,
+    noisy: Noisy,
     batch: Batch,
     weights_BT: jax.Array,
     keys_B: jax.Array,
@@ -67,28 +97,14 @@ def sequence_loss(
 
     `extra` maps the logits to a term added to each sequence's loss.
     """
-    forward = two_stream_forward(params, inputs_BT, batch.tokens_BT, problem)
-    cross_entropy_BT = optax.softmax_cross_entropy_with_integer_labels(forward.logits_BTV, batch.tokens_BT)
+    logits_BTV, loads = read_noisy(reader, noisy, problem)
+    cross_entropy_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, batch.tokens_BT)
     loss_B = jnp.sum(cross_entropy_BT * weights_BT, axis=1)
     if extra is not None:
-        loss_B = loss_B + extra(forward.logits_BTV)
-    logits_BTV = jax.lax.stop_gradient(forward.logits_BTV)
-    drawn_BT = draw_predictions(logits_BTV, keys_B, problem.objective.rollout)
-    return jnp.mean(loss_B), Evidence(loss_B, jnp.argmax(logits_BTV, axis=-1), drawn_BT, forward.loads)
+        loss_B = loss_B + extra(logits_BTV)
+    logits_BTV = jax.lax.stop_gradient(logits_BTV)
+    drawn_BT, confidence_BT = draw_predictions(logits_BTV, keys_B, problem.objective.rollout)
+    return jnp.mean(loss_B), Evidence(loss_B, jnp.argmax(logits_BTV, axis=-1), drawn_BT, confidence_BT, loads)
 
 
-loss_gradients = jax.value_and_grad(sequence_loss, has_aux=True)
-
-
-def roll_out(
-    params: Params, inputs_BT: jax.Array, batch: Batch, masked_BT, keys_B, problem: Problem, steps: int
-) -> jax.Array:
-    """Replaces the masked positions by the model's predictions from its input, `steps` times (Eq. 3)."""
-
-    def predict(step: jax.Array, inputs_BT: jax.Array) -> jax.Array:
-        logits_BTV = two_stream_forward(params, inputs_BT, batch.tokens_BT, problem).logits_BTV
-        step_keys_B = jax.vmap(functools.partial(jax.random.fold_in, data=step))(keys_B)
-        drawn_BT = draw_predictions(logits_BTV, step_keys_B, problem.objective.rollout)
-        return jnp.where(masked_BT, drawn_BT, inputs_BT).astype(inputs_BT.dtype)
-
-    return jax.lax.fori_loop(0, steps, predict, inputs_BT) if steps else inputs_BT
+loss_gradients = jax.value_and_grad(sequence_loss, has_aux=True)  # with respect to parameters and clean stream

@@ -8,7 +8,7 @@ import pytest
 
 from dmax_jax.decoding.block import Block, predict_tokens
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, SpdPolicy, ThresholdPolicy
-from dmax_jax.decoding.spd import promoted_anywhere, promoted_prefix, spd_step
+from dmax_jax.decoding.spd import spd_step
 from dmax_jax.errors import InputError
 from tests.conftest import GOLDEN
 from tests.decoding.blocks import KEYS, MASK, TABLE, embed, make_block, make_logits
@@ -46,38 +46,6 @@ def test_steps_equal_the_official_code():
                 np.testing.assert_allclose(embeddings[0], after[index], rtol=0, atol=1e-5)
             checked += 1
     assert checked == 376
-
-
-@pytest.mark.parametrize(
-    ("masked", "confidence", "promoted"),
-    [
-        ("mmmm", [0.9, 0.8, 0.9, 0.6], "++++"),
-        ("mmmm", [0.9, 0.4, 0.9, 0.6], "+..."),  # nothing right of an unsure position
-        ("mmmm", [0.4, 0.9, 0.9, 0.9], "+..."),  # at least the left-most
-        ("tmtm", [0.1, 0.4, 0.1, 0.9], ".+.."),  # the left-most of the masked ones
-        ("mtmm", [0.9, 0.1, 0.9, 0.4], "+.+."),  # a decoded position does not break the prefix
-        ("mmtm", [0.9, 0.5, 0.1, 0.5], "++.+"),  # the threshold itself is enough
-        ("tttt", [0.9, 0.1, 0.9, 0.9], "...."),
-    ],
-)
-def test_promoted_prefix(masked, confidence, promoted):
-    found = promoted_prefix(jnp.array([[c == "m" for c in masked]]), jnp.array([confidence]), 0.5)
-    assert found.tolist() == [[c == "+" for c in promoted]]
-
-
-@pytest.mark.parametrize(
-    ("masked", "confidence", "promoted"),
-    [
-        ("mmmm", [0.9, 0.4, 0.9, 0.6], "+.++"),  # an unsure position stops nothing
-        ("mmmm", [0.1, 0.4, 0.2, 0.4], ".+.."),  # at least the first best
-        ("tmtm", [0.9, 0.3, 0.9, 0.4], "...+"),  # the best of the masked ones
-        ("mmtm", [0.9, 0.5, 0.9, 0.4], "++.."),  # the threshold itself is enough
-        ("tttt", [0.9, 0.9, 0.9, 0.9], "...."),
-    ],
-)
-def test_promoted_anywhere(masked, confidence, promoted):
-    found = promoted_anywhere(jnp.array([[c == "m" for c in masked]]), jnp.array([confidence]), 0.5)
-    assert found.tolist() == [[c == "+" for c in promoted]]
 
 
 def test_without_the_contiguous_prefix_positions_behind_an_unsure_one_are_promoted():

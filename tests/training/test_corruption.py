@@ -98,12 +98,15 @@ def test_predictions_are_the_argmax_or_draws_from_the_softmax():
     logits = jnp.broadcast_to(scores, (2, 5000, 4))
     draw = jax.jit(draw_predictions, static_argnums=2)
     keys, other_keys = jax.random.split(KEY, 2), jax.random.split(jax.random.key(4), 2)
-    for some_keys in (keys, other_keys):
-        assert (draw(logits, some_keys, "argmax") == 1).all()
-    sampled = np.asarray(draw(logits, keys, "sample"))
     probability = np.exp(scores) / np.exp(scores).sum()
+    for some_keys in (keys, other_keys):
+        tokens, confidence = draw(logits, some_keys, "argmax")
+        assert (tokens == 1).all()
+        np.testing.assert_allclose(confidence, probability[1], rtol=1e-6)
+    sampled, confidence = (np.asarray(x) for x in draw(logits, keys, "sample"))
     frequency = np.bincount(sampled.ravel(), minlength=4) / sampled.size
     assert (np.abs(frequency - probability) < 5 * np.sqrt(probability * (1 - probability) / sampled.size)).all()
-    np.testing.assert_array_equal(draw(logits, keys, "sample"), sampled)
-    assert (draw(logits, other_keys, "sample") != sampled).any(axis=1).all()
+    np.testing.assert_allclose(confidence, probability[sampled], rtol=1e-6)
+    np.testing.assert_array_equal(draw(logits, keys, "sample")[0], sampled)
+    assert (draw(logits, other_keys, "sample")[0] != sampled).any(axis=1).all()
     assert (sampled[0] != sampled[1]).any()
