@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "cuda13": ["jax[cuda13]>=0.10.2,<0.12"],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],
+        "study": ["matplotlib>=3.9"],
+        "test": ["matplotlib>=3.9", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12"],
     },
 )

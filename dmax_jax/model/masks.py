@@ -18,6 +18,6 @@ class BlockPattern:
 
 
 def block_causal_mask(length: int, block_length: int) -> jax.Array:
-    """[1, T, T], true where visible: a position sees its own block and all earlier ones; the grid starts at position 0."""
+    """[1, T, T], true where visible: a position sees its own and all earlier blocks; the grid starts at position 0."""
     block_T = jnp.arange(length) // block_length
     return (block_T[:, None] >= block_T[None, :])[None]

@@ -1,5 +1,6 @@
 """One optimiser step as one jitted, donated function."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -56,7 +57,7 @@ def make_train_step(
     problem = Problem(model, run.objective, run.block_length, run.dtype)
     key = jax.random.key(run.seed)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         total = accumulate(lambda part: objective_gradients(state.params, part, key, problem), batch)
         updates, opt_state = optimizer.update(total.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -69,7 +70,8 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = state_shardings(run, model, mesh)
-    return jax.jit(train_step, donate_argnames="state", out_shardings=(shardings, None))
+    step = jax.jit(train_step, donate_argnames="state", out_shardings=(shardings, None))
+    return functools.partial(step, key=key)  # an argument, so that another seed is the same program
 
 
 def accumulate(gradients: Callable[[Batch], Gradients], batch: Batch) -> Gradients:

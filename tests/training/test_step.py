@@ -54,7 +54,7 @@ def train(mesh_config: MeshConfig, steps: int):
     for seed in range(steps):
         state, row = step(state, jax.device_put(make_batch(seed), batch_sharding(mesh)))
         metrics.append(jax.device_get(row))
-    assert step._cache_size() == 1  # compiled for the first state, and for no other
+    assert step.func._cache_size() == 1  # compiled for the first state, and for no other
     return metrics, state
 
 

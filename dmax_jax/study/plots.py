@@ -1,0 +1,86 @@
+"""The plots of a study. Needs matplotlib, which the extra `study` brings."""
+
+import pathlib
+from typing import Any
+
+from dmax_jax.errors import InputError
+from dmax_jax.study.plan import Study
+from dmax_jax.study.statistics import Records, RowSummary
+
+# Okabe and Ito's colours, told apart by colour-blind readers, too; a marker each, for print.
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+
+
+def plot_curves(study: Study, summaries: dict[str, RowSummary], path: pathlib.Path) -> None:
+    """Accuracy against tokens per forward, a curve per row, bars for the 95 % intervals."""
+    figure, axes = _figure()
+    for index, name in enumerate(name for name in study.curves if name in summaries):
+        row = summaries[name]
+        points = sorted(row.points, key=lambda point: point.tpf_macro)
+        x, y = [p.tpf_macro for p in points], [p.accuracy for p in points]
+        spread_y = _spread(y, [p.accuracy_interval for p in points])
+        spread_x = _spread(x, [p.tpf_interval for p in points])
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        axes.errorbar(x, y, spread_y, spread_x, label=row.label, markersize=5, linewidth=1.6, elinewidth=0.9, **style)
+    axes.set_xlabel("tokens per forward pass")
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(-3, 103)
+    axes.set_xlim(left=0)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, fontsize=8.5)
+    _save(figure, path)
+
+
+def plot_settling(study: Study, records: Records, threshold: float, path: pathlib.Path) -> bool:
+    """How sure the model is, and how many blocks still run, forward by forward; False if no row was traced."""
+    traced = []
+    for row in study.rows:
+        for record in records.get(row.name, [])[:1]:
+            found = [p["settling"] for p in record["points"] if "settling" in p and p["threshold"] == threshold]
+            traced += [(row.label, settling) for settling in found]
+    if not traced:
+        return False
+    figure, (left, right) = _figure(columns=2)
+    for index, (label, settling) in enumerate(traced):
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3.5}
+        forwards = range(1, len(settling["running"]) + 1)
+        left.plot(forwards, [100 * share for share in settling["running"]], label=label, linewidth=1.6, **style)
+        right.plot(forwards, settling["entropy"], label=label, linewidth=1.6, **style)
+    left.set_ylabel("blocks still running, %")
+    right.set_ylabel("entropy of the top-1 confidence, nats")
+    for axes in (left, right):
+        axes.set_xlabel("forward within the block")
+        axes.set_ylim(bottom=0)
+    left.legend(frameon=False, fontsize=8.5)
+    _save(figure, path)
+    return True
+
+
+def _figure(columns: int = 1) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise InputError('the plots need matplotlib: pip install ".[study]"; all other files are written') from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = pyplot.subplots(1, columns, figsize=(7.2 if columns == 1 else 9.6, 4.6 if columns == 1 else 3.8))
+    for each in [axes] if columns == 1 else axes:
+        each.grid(color="#DDDDDD", linewidth=0.7)
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def _spread(values: list[float], intervals: list[tuple[float, float]]) -> list[list[float]]:
+    """Distances down and up to the ends of the intervals."""
+    pairs = list(zip(values, intervals, strict=True))
+    return [[max(v - low, 0) for v, (low, _) in pairs], [max(high - v, 0) for v, (_, high) in pairs]]
+
+
+def _save(figure: Any, path: pathlib.Path) -> None:
+    from matplotlib import pyplot
+
+    figure.tight_layout()
+    figure.savefig(path, dpi=160, metadata={"Software": None})
+    pyplot.close(figure)

@@ -1,0 +1,198 @@
+"""Runs what a study lacks. Any number of processes may work on one directory: each takes what no other has taken."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dmax_jax.assets import DEMO, checkpoint_directory
+from dmax_jax.checkpoint.layout import load_checkpoint
+from dmax_jax.config import CheckpointConfig, DataConfig, RunConfig
+from dmax_jax.data.shards import Shard
+from dmax_jax.data.tasks import get_task
+from dmax_jax.data.tokenizer import load_tokenizer
+from dmax_jax.decoding.batch import DecodeSettings
+from dmax_jax.decoding.policies import ThresholdPolicy
+from dmax_jax.decoding_flags import LoadedModel
+from dmax_jax.evaluation.report import environment
+from dmax_jax.evaluation.run import evaluate
+from dmax_jax.evaluation.tasks import load_problems
+from dmax_jax.output_file import write_json
+from dmax_jax.study.plan import BASE, Row, Study
+from dmax_jax.study.settling import measure_settling
+from dmax_jax.training.loop import train
+from dmax_jax.trajectories import write_trajectories
+
+ANSWER_SHARDS = 8
+ANSWER_SEED = 1  # of the questions that the base answers
+WAIT_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Work that one process does at a time: `path` exists when it is done."""
+
+    path: pathlib.Path
+    work: Callable[[], None]
+
+
+def run_study(study: Study, workdir: pathlib.Path) -> bool:
+    """Does what is missing, answers first; returns whether everything is there (False: it was interrupted)."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    if any(training.data == "own" for training in study.trainings):
+        work_through(answer_pieces(study, workdir))
+    return work_through(point_pieces(study, workdir))
+
+
+def work_through(pieces: list[Piece]) -> bool:
+    """Works until every piece is done, by this process or by another one."""
+    while missing := [piece for piece in pieces if not piece.path.exists()]:
+        for piece in missing:
+            with try_lock(piece.path) as mine:
+                if mine and not piece.path.exists():
+                    piece.work()
+                    if not piece.path.exists():
+                        return False
+                    break  # look again from the start: others have worked, too
+        else:
+            time.sleep(WAIT_SECONDS)
+    return True
+
+
+@contextlib.contextmanager
+def try_lock(path: pathlib.Path) -> Iterator[bool]:
+    """Whether this process alone holds the lock of a path; the system lets go of it when the process ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(path.name + ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def answer_pieces(study: Study, workdir: pathlib.Path) -> list[Piece]:
+    """The base model's own answers to the task's training questions, as the paper makes its data."""
+    output = workdir / "answers.jsonl"
+
+    def answer(shard: Shard) -> None:
+        row = get_task(study.run.data.task).row
+        rows = [row(ANSWER_SEED, index, "train") for index in range(study.answers)]
+        settings = DecodeSettings(gen_length=study.gen_length, batch_size=study.answers_batch)
+        model = load_model(study, checkpoint_directory(study.base))
+        write_trajectories(model, rows, ThresholdPolicy(), settings, output, shard=shard, show_progress=True)
+
+    shards = [Shard(index, ANSWER_SHARDS) for index in range(ANSWER_SHARDS)]
+    return [Piece(shard.path(output), lambda shard=shard: answer(shard)) for shard in shards]
+
+
+def point_pieces(study: Study, workdir: pathlib.Path) -> list[Piece]:
+    """One piece per trained model: train it, then decode all of its rows. First seeds come first."""
+    seeds = max((training.seeds for training in study.trainings), default=1)
+    models = [(BASE, 0)] + [(t.name, seed) for seed in range(seeds) for t in study.trainings if seed < t.seeds]
+    return [
+        Piece(model_path(workdir, name, seed), lambda name=name, seed=seed: run_model(study, workdir, name, seed))
+        for name, seed in models
+        if study.rows_of(name)
+    ]
+
+
+def model_path(workdir: pathlib.Path, training: str, seed: int) -> pathlib.Path:
+    """The file that says that all rows of a model are measured."""
+    return workdir / "points" / f"{training or 'base'}-{seed}.done"
+
+
+def point_path(workdir: pathlib.Path, row: Row, seed: int) -> pathlib.Path:
+    return workdir / "points" / f"{row.name}-{seed}.json"
+
+
+def run_model(study: Study, workdir: pathlib.Path, name: str, seed: int) -> None:
+    """Trains a model if it needs to be, and measures every row that lacks its file; writes nothing if interrupted."""
+    directory, run = checkpoint_directory(study.base), None
+    if name != BASE:
+        run, directory = planned_run(study, workdir, name, seed), workdir / "trainings" / f"{name}-{seed}"
+        print(f"training {name}, seed {seed}", file=sys.stderr)
+        if not train(run, directory, DEMO):
+            return
+    model = load_model(study, directory)
+    for row in study.rows_of(name):
+        path = point_path(workdir, row, seed)
+        if not path.exists():
+            write_json(path, measure_row(study, row, model, seed, run))
+    model_path(workdir, name, seed).touch()
+
+
+def planned_run(study: Study, workdir: pathlib.Path, name: str, seed: int) -> RunConfig:
+    """The complete configuration of a training: the study's, the training's own, and where its data lies."""
+    training = study.training(name)
+    data = study.run.data
+    if training.data == "own":
+        pattern = f"{workdir}/answers-*-of-{ANSWER_SHARDS:05d}.jsonl"
+        data = DataConfig(path=pattern, sequence_length=data.sequence_length, workers=data.workers)
+    steps = training.steps or study.run.steps
+    return dataclasses.replace(
+        study.run,
+        initial_checkpoint=str(checkpoint_directory(study.base)),
+        data=data,
+        steps=steps,
+        seed=seed,
+        block_length=training.block_length,
+        objective=training.objective,
+        checkpoint=CheckpointConfig(every_steps=steps, keep=1),
+    )
+
+
+def load_model(study: Study, directory: pathlib.Path) -> LoadedModel:
+    config, params = load_checkpoint(directory, study.run.dtype)
+    return LoadedModel(config, params, load_tokenizer(directory, config.mask_token_id), pathlib.Path(directory))
+
+
+def measure_row(study: Study, row: Row, model: LoadedModel, seed: int, run: RunConfig | None) -> dict[str, Any]:
+    """Every threshold of a row, with each problem's outcome."""
+    settings = DecodeSettings(
+        gen_length=study.gen_length,
+        block_length=row.block_length,
+        batch_size=study.batch_size,
+        trace=row.settling,
+    )
+    problems = load_problems(study.run.data.task, study.samples, study.test_seed)
+    points = []
+    for threshold in row.thresholds:
+        policy = row.policy.replace(threshold=threshold)
+        result, answers = evaluate(model.params, model.config, model.tokenizer, problems, policy, settings)
+        point = {"threshold": threshold} | dataclasses.asdict(result.metrics)
+        for name in ("correct", "generated_tokens", "forwards"):
+            point[f"{name}_by_problem"] = [int(getattr(sample, name)) for sample in result.samples]
+        if row.settling:
+            point["settling"] = dataclasses.asdict(measure_settling(answers, row.block_length))
+        print(
+            f"{row.name} {seed} {threshold:g}: {point['accuracy']:.1f} % at {point['tpf_macro']:.2f}", file=sys.stderr
+        )
+        points.append(point)
+    return {
+        "row": row.name,
+        "seed": seed,
+        "method": type(row.policy).__name__,
+        "policy": dataclasses.asdict(row.policy),
+        "block_length": row.block_length,
+        "run": None if run is None else dataclasses.asdict(run),
+        "environment": environment(),
+        "points": points,
+    }
+
+
+def read_points(study: Study, workdir: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+    """What has been measured: for every row that has any, its seeds' records."""
+    records = {}
+    for row in study.rows:
+        paths = [point_path(workdir, row, seed) for seed in range(study.seeds_of(row))]
+        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        if found:
+            records[row.name] = found
+    return records
