@@ -21,29 +21,35 @@ def oput(**changes) -> ObjectiveConfig:
     return ObjectiveConfig(**{"kind": "oput", "mask_rate_low": 0.75, "mask_rate_high": 0.75} | changes)
 
 
-def masked(kind: str) -> ObjectiveConfig:
-    return ObjectiveConfig(kind=kind, mask_rate_low=0.1, mask_rate_high=1.0)
+def masked(kind: str, **changes) -> ObjectiveConfig:
+    return ObjectiveConfig(kind=kind, mask_rate_low=0.1, mask_rate_high=1.0, **changes)
 
 
 SOFT = {"rollout_embedding": "soft"}
 AS_DECODED = SOFT | {"rollout_promotion": "prefix", "rollout_steps": 2, "mask_rate_low": 0.5, "mask_rate_high": 1.0}
+# Ours: OPUT with dParallel's certainty forcing, and mask rates up to 1, where decoding starts.
+CERTAIN = {"certainty": 2.0, "mask_rate_low": 0.5, "mask_rate_high": 1.0}
 
 TRAININGS = (
     Training(name="oput", objective=oput(), seeds=SEEDS),
-    Training(name="oput_decoded", objective=oput(**AS_DECODED), seeds=SEEDS),
+    Training(name="oput_certain", objective=oput(**CERTAIN), seeds=SEEDS),
     Training(name="oput_task", objective=oput(), data="task", seeds=SEEDS),
-    Training(name="dparallel", objective=masked("dparallel"), seeds=SEEDS),
+    Training(name="dparallel", objective=masked("dparallel", certainty=2.0), seeds=SEEDS),
     Training(name="uniform", objective=ObjectiveConfig(kind="uniform"), seeds=SEEDS),
+    Training(name="oput_certain_long", objective=oput(**CERTAIN), steps=3500, batch_size=256),
+    Training(name="oput_rate050_100", objective=oput(mask_rate_low=0.5, mask_rate_high=1.0)),
+    Training(name="oput_certain075", objective=oput(certainty=2.0)),
+    Training(name="oput_certain5", objective=oput(**CERTAIN | {"certainty": 5.0})),
     Training(name="oput_soft", objective=oput(**SOFT)),
     Training(name="oput_steps2", objective=oput(rollout_steps=2)),
-    Training(name="oput_rate_wide", objective=oput(mask_rate_low=0.3, mask_rate_high=1.0)),
     Training(name="oput_steps3", objective=oput(rollout_steps=3)),
     Training(name="oput_soft_steps2", objective=oput(**SOFT, rollout_steps=2)),
-    Training(name="oput_soft_prefix", objective=oput(**SOFT, rollout_promotion="prefix")),
+    Training(name="oput_decoded", objective=oput(**AS_DECODED)),
     Training(name="oput_sample", objective=oput(rollout="sample")),
     Training(name="oput_alternating", objective=oput(schedule="alternating")),
     Training(name="oput_rate050", objective=oput(mask_rate_low=0.5, mask_rate_high=0.5)),
     Training(name="oput_rate090", objective=oput(mask_rate_low=0.9, mask_rate_high=0.9)),
+    Training(name="oput_rate030_100", objective=oput(mask_rate_low=0.3, mask_rate_high=1.0)),
     Training(name="mdlm", objective=masked("mdlm")),
     Training(name="oput_block16", objective=oput(), block_length=16),
     Training(name="oput_block64", objective=oput(), block_length=64),
@@ -97,16 +103,21 @@ ROWS = (
     spd_row("oput_alternating", "OPUT, alternating, soft"),
     spd_row("oput_rate050", "OPUT, mask rate 0.5, soft"),
     spd_row("oput_rate090", "OPUT, mask rate 0.9, soft"),
-    spd_row("oput_rate_wide", "OPUT, mask rate from [0.3, 1], soft"),
+    spd_row("oput_rate030_100", "OPUT, mask rate from [0.3, 1], soft"),
+    spd_row("oput_rate050_100", "OPUT, mask rate from [0.5, 1], soft"),
     spd_row("oput_block16", "OPUT, blocks of 16, soft", block_length=16),
     spd_row("oput_block64", "OPUT, blocks of 64, soft", block_length=64),
     spd_row("oput_steps2", "OPUT, rollouts of 2 steps, soft"),
     spd_row("oput_steps3", "OPUT, rollouts of 3 steps, soft"),
-    spd_row("oput_soft", "OPUT, soft rollouts, soft"),
+    spd_row("oput_soft", "OPUT, soft rollouts, soft", settling=True),
     spd_row("oput_soft_steps2", "OPUT, soft rollouts of 2 steps, soft"),
-    spd_row("oput_soft_prefix", "OPUT, soft rollouts of the prefix, soft"),
-    spd_row("oput_decoded", "OPUT as decoded, soft", settling=True),
-    falling_row("oput_decoded", "OPUT as decoded, threshold"),
+    spd_row("oput_decoded", "OPUT, soft rollouts of 2 steps of the prefix, [0.5, 1], soft"),
+    spd_row("oput_certain075", "OPUT + certainty 2, soft"),
+    spd_row("oput_certain5", "OPUT + certainty 5, [0.5, 1], soft"),
+    spd_row("oput_certain", "OPUT + certainty 2, [0.5, 1], soft", settling=True),
+    spd_row("oput_certain", "OPUT + certainty 2, [0.5, 1], hard", name="oput_certain_hard", embedding="hard"),
+    falling_row("oput_certain", "OPUT + certainty 2, [0.5, 1], threshold"),
+    spd_row("oput_certain_long", "the same for 4.7 times the samples, soft"),
 )
 
 TABLES = (
@@ -120,7 +131,7 @@ TABLES = (
             ("dparallel_threshold", 0.95),
             ("uniform_spd", 0.5),
             ("oput_spd", 0.5),
-            ("oput_decoded_spd", 0.5),
+            ("oput_certain_spd", 0.5),
         ),
     ),
     Table(
@@ -144,7 +155,7 @@ TABLES = (
         title="When a block stops, at 0.5 (Table 4)",
         points=(("oput_consistency", 0.5), ("oput_confidence", 0.5), ("oput_spd", 0.5)),
     ),
-    Table(title="The threshold", points=(("base_threshold", None), ("oput_spd", None), ("oput_decoded_spd", None))),
+    Table(title="The threshold", points=(("base_threshold", None), ("oput_spd", None), ("oput_certain_spd", None))),
     Table(
         title="Whose answers, at 0.5",
         points=(("oput_spd", 0.5), ("oput_hard", 0.5), ("oput_task_spd", 0.5), ("oput_task_hard", 0.5)),
@@ -159,15 +170,19 @@ TABLES = (
                 "oput_alternating",
                 "oput_rate050",
                 "oput_rate090",
-                "oput_rate_wide",
+                "oput_rate030_100",
+                "oput_rate050_100",
                 "oput_block16",
                 "oput_block64",
                 "oput_steps2",
                 "oput_steps3",
                 "oput_soft",
                 "oput_soft_steps2",
-                "oput_soft_prefix",
                 "oput_decoded",
+                "oput_certain075",
+                "oput_certain",
+                "oput_certain5",
+                "oput_certain_long",
             )
         ),
     ),
@@ -198,7 +213,7 @@ def get_study() -> Study:
         curves=(
             "base_threshold",
             "oput_spd",
-            "oput_decoded_spd",
+            "oput_certain_spd",
             "oput_task_spd",
             "dparallel_threshold",
             "base_hierarchical",

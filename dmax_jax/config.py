@@ -123,7 +123,7 @@ class ObjectiveConfig:
     rollout_embedding: str = "hard"  # of oput: hard (the paper) | soft (as soft decoding feeds its predictions back)
     rollout_promotion: str = "all"  # of oput: all masks (the paper) | prefix (as soft decoding does, tau from [0, 1])
     inverse_rate_weight: bool = False  # of mdlm: divide a sample's loss by its mask rate
-    certainty: float = 2.0  # of dparallel: weight of the entropy at positions that are already right
+    certainty: float = 0.0  # of dparallel and oput: weight of the entropy at positions that are already right
     supervised_padding: int = 32  # how many of the trailing EOS of a sample count in the loss
 
     def __post_init__(self):
@@ -146,6 +146,9 @@ class ObjectiveConfig:
         )
         _require(self.rollout_steps >= 1, f"objective: rollout_steps={self.rollout_steps} must be at least 1")
         _require(self.certainty >= 0, f"objective: certainty={self.certainty} must not be negative")
+        _require(
+            self.kind != "dparallel" or self.certainty > 0, "objective: dparallel needs certainty above 0, such as 2"
+        )
         _require(self.supervised_padding >= 0, f"objective: {self.supervised_padding=} must not be negative")
 
 

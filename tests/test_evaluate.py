@@ -7,7 +7,7 @@ from dmax_jax.assets import DEMO
 from dmax_jax.data.stories import story
 from dmax_jax.data.tokenizer import load_tokenizer
 from dmax_jax.decoding.batch import Answer
-from dmax_jax.evaluation import run
+from dmax_jax.evaluation import run as evaluation_run
 from tests.conftest import GOLDEN
 from tests.evaluation.random_model import write_random_model
 
@@ -81,7 +81,7 @@ def test_right_answers_are_counted(checkpoint, tmp_path, monkeypatch):
             end = [] if index == 1 else [tokenizer.eos_id]
             yield Answer(prompt, ids + end, generated_tokens=len(ids), forwards=9, seconds=[4, 4, 1][index], trace=None)
 
-    monkeypatch.setattr(run, "decode_prompts", know)
+    monkeypatch.setattr(evaluation_run, "decode_prompts", know)
     (result,) = report(tmp_path, checkpoint, *SHORT)["results"]
     assert [sample["correct"] for sample in result["samples"]] == [True, False, True]
     assert [sample["finished"] for sample in result["samples"]] == [True, False, True]

@@ -21,6 +21,7 @@ class Training:
     data: str = "own"  # own: the base model's answers | task: the task's own answers
     block_length: int = 32
     steps: int | None = None  # None: the study's
+    batch_size: int | None = None  # None: the study's
     seeds: int = 1
 
 
@@ -34,7 +35,7 @@ class Row:
     policy: Policy
     thresholds: tuple[float, ...]
     block_length: int = 32
-    settling: bool = False  # also measure, forward by forward, how sure the model is and which blocks still run
+    settling: bool = False  # also measure how blocks settle, at the study's `settling_threshold`
 
     def __post_init__(self):
         if not self.thresholds:

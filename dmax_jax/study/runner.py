@@ -19,6 +19,7 @@ from dmax_jax.data.tokenizer import load_tokenizer
 from dmax_jax.decoding.batch import DecodeSettings
 from dmax_jax.decoding.policies import ThresholdPolicy
 from dmax_jax.decoding_flags import LoadedModel
+from dmax_jax.errors import InputError
 from dmax_jax.evaluation.report import environment
 from dmax_jax.evaluation.run import evaluate
 from dmax_jax.evaluation.tasks import load_problems
@@ -35,15 +36,20 @@ WAIT_SECONDS = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Work that one process does at a time: `path` exists when it is done."""
+    """Work that one process does at a time, who holds `lock`; `path` exists when it is done."""
 
     path: pathlib.Path
+    lock: pathlib.Path
     work: Callable[[], None]
 
 
 def run_study(study: Study, workdir: pathlib.Path) -> bool:
-    """Does what is missing, answers first; returns whether everything is there (False: it was interrupted)."""
+    """Does what is missing, answers first; returns whether everything is there (False: it was interrupted).
+
+    Raises InputError if the directory holds figures of another plan.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
+    read_points(study, workdir)
     if any(training.data == "own" for training in study.trainings):
         work_through(answer_pieces(study, workdir))
     return work_through(point_pieces(study, workdir))
@@ -53,7 +59,7 @@ def work_through(pieces: list[Piece]) -> bool:
     """Works until every piece is done, by this process or by another one."""
     while missing := [piece for piece in pieces if not piece.path.exists()]:
         for piece in missing:
-            with try_lock(piece.path) as mine:
+            with try_lock(piece.lock) as mine:
                 if mine and not piece.path.exists():
                     piece.work()
                     if not piece.path.exists():
@@ -66,9 +72,9 @@ def work_through(pieces: list[Piece]) -> bool:
 
 @contextlib.contextmanager
 def try_lock(path: pathlib.Path) -> Iterator[bool]:
-    """Whether this process alone holds the lock of a path; the system lets go of it when the process ends."""
+    """Whether this process alone holds a lock; the system lets go of it when the process ends, however it does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(path.name + ".lock").open("w") as file:
+    with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -88,24 +94,23 @@ def answer_pieces(study: Study, workdir: pathlib.Path) -> list[Piece]:
         model = load_model(study, checkpoint_directory(study.base))
         write_trajectories(model, rows, ThresholdPolicy(), settings, output, shard=shard, show_progress=True)
 
-    shards = [Shard(index, ANSWER_SHARDS) for index in range(ANSWER_SHARDS)]
-    return [Piece(shard.path(output), lambda shard=shard: answer(shard)) for shard in shards]
+    def piece(shard: Shard) -> Piece:
+        path = shard.path(output)
+        return Piece(path, workdir / "locks" / path.stem, lambda: answer(shard))
+
+    return [piece(Shard(index, ANSWER_SHARDS)) for index in range(ANSWER_SHARDS)]
 
 
 def point_pieces(study: Study, workdir: pathlib.Path) -> list[Piece]:
-    """One piece per trained model: train it, then decode all of its rows. First seeds come first."""
+    """A piece per row and seed; who takes one trains the model and measures all of its rows. First seeds come first."""
     seeds = max((training.seeds for training in study.trainings), default=1)
     models = [(BASE, 0)] + [(t.name, seed) for seed in range(seeds) for t in study.trainings if seed < t.seeds]
-    return [
-        Piece(model_path(workdir, name, seed), lambda name=name, seed=seed: run_model(study, workdir, name, seed))
-        for name, seed in models
-        if study.rows_of(name)
-    ]
 
+    def piece(row: Row, seed: int) -> Piece:
+        lock = workdir / "locks" / f"{row.training or 'base'}-{seed}"
+        return Piece(point_path(workdir, row, seed), lock, lambda: run_model(study, workdir, row.training, seed))
 
-def model_path(workdir: pathlib.Path, training: str, seed: int) -> pathlib.Path:
-    """The file that says that all rows of a model are measured."""
-    return workdir / "points" / f"{training or 'base'}-{seed}.done"
+    return [piece(row, seed) for name, seed in models for row in study.rows_of(name)]
 
 
 def point_path(workdir: pathlib.Path, row: Row, seed: int) -> pathlib.Path:
@@ -114,18 +119,17 @@ def point_path(workdir: pathlib.Path, row: Row, seed: int) -> pathlib.Path:
 
 def run_model(study: Study, workdir: pathlib.Path, name: str, seed: int) -> None:
     """Trains a model if it needs to be, and measures every row that lacks its file; writes nothing if interrupted."""
-    directory, run = checkpoint_directory(study.base), None
+    directory = checkpoint_directory(study.base)
     if name != BASE:
-        run, directory = planned_run(study, workdir, name, seed), workdir / "trainings" / f"{name}-{seed}"
+        directory = workdir / "trainings" / f"{name}-{seed}"
         print(f"training {name}, seed {seed}", file=sys.stderr)
-        if not train(run, directory, DEMO):
+        if not train(planned_run(study, workdir, name, seed), directory, DEMO):
             return
     model = load_model(study, directory)
     for row in study.rows_of(name):
         path = point_path(workdir, row, seed)
         if not path.exists():
-            write_json(path, measure_row(study, row, model, seed, run))
-    model_path(workdir, name, seed).touch()
+            write_json(path, measure_row(study, row, model, seed))
 
 
 def planned_run(study: Study, workdir: pathlib.Path, name: str, seed: int) -> RunConfig:
@@ -141,6 +145,7 @@ def planned_run(study: Study, workdir: pathlib.Path, name: str, seed: int) -> Ru
         initial_checkpoint=str(checkpoint_directory(study.base)),
         data=data,
         steps=steps,
+        batch_size=training.batch_size or study.run.batch_size,
         seed=seed,
         block_length=training.block_length,
         objective=training.objective,
@@ -153,46 +158,80 @@ def load_model(study: Study, directory: pathlib.Path) -> LoadedModel:
     return LoadedModel(config, params, load_tokenizer(directory, config.mask_token_id), pathlib.Path(directory))
 
 
-def measure_row(study: Study, row: Row, model: LoadedModel, seed: int, run: RunConfig | None) -> dict[str, Any]:
+def measure_row(study: Study, row: Row, model: LoadedModel, seed: int) -> dict[str, Any]:
     """Every threshold of a row, with each problem's outcome."""
-    settings = DecodeSettings(
-        gen_length=study.gen_length,
-        block_length=row.block_length,
-        batch_size=study.batch_size,
-        trace=row.settling,
-    )
+    settings = DecodeSettings(gen_length=study.gen_length, block_length=row.block_length, batch_size=study.batch_size)
     problems = load_problems(study.run.data.task, study.samples, study.test_seed)
     points = []
     for threshold in row.thresholds:
         policy = row.policy.replace(threshold=threshold)
-        result, answers = evaluate(model.params, model.config, model.tokenizer, problems, policy, settings)
+        traced = dataclasses.replace(settings, trace=row.settling and threshold == study.settling_threshold)
+        result, answers = evaluate(model.params, model.config, model.tokenizer, problems, policy, traced)
         point = {"threshold": threshold} | dataclasses.asdict(result.metrics)
         for name in ("correct", "generated_tokens", "forwards"):
             point[f"{name}_by_problem"] = [int(getattr(sample, name)) for sample in result.samples]
-        if row.settling:
+        if traced.trace:
             point["settling"] = dataclasses.asdict(measure_settling(answers, row.block_length))
         print(
             f"{row.name} {seed} {threshold:g}: {point['accuracy']:.1f} % at {point['tpf_macro']:.2f}", file=sys.stderr
         )
         points.append(point)
-    return {
+    return {"plan": describe(study, row), "seed": seed, "environment": environment(), "points": points}
+
+
+def describe(study: Study, row: Row) -> dict[str, Any]:
+    """Everything in the plan that a row's figures depend on, as JSON has it."""
+    training = {}
+    if row.training != BASE:
+        run = dataclasses.asdict(study.run)
+        for name in ("seed", "log_every", "checkpoint", "mesh"):
+            del run[name]
+        del run["data"]["workers"]
+        training = {"run": run, "answers": study.answers} | dataclasses.asdict(study.training(row.training))
+        del training["seeds"]
+    plan = {
         "row": row.name,
-        "seed": seed,
+        "base": study.base,
+        "training": training,
         "method": type(row.policy).__name__,
         "policy": dataclasses.asdict(row.policy),
+        "thresholds": row.thresholds,
         "block_length": row.block_length,
-        "run": None if run is None else dataclasses.asdict(run),
-        "environment": environment(),
-        "points": points,
+        "task": study.run.data.task,
+        "dtype": study.run.dtype,
+        "samples": study.samples,
+        "test_seed": study.test_seed,
+        "gen_length": study.gen_length,
+        "batch_size": study.batch_size,
     }
+    return json.loads(json.dumps(plan))
 
 
 def read_points(study: Study, workdir: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
-    """What has been measured: for every row that has any, its seeds' records."""
+    """What has been measured: for every row that has any, its seeds' records.
+
+    Raises InputError for a file that another plan has made.
+    """
     records = {}
     for row in study.rows:
         paths = [point_path(workdir, row, seed) for seed in range(study.seeds_of(row))]
-        found = [json.loads(path.read_text()) for path in paths if path.exists()]
+        found = [read_record(path, describe(study, row)) for path in paths if path.exists()]
         if found:
             records[row.name] = found
     return records
+
+
+def read_record(path: pathlib.Path, plan: dict[str, Any]) -> dict[str, Any]:
+    """A row's file; raises InputError, naming what differs, if it was made by another plan."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        made_by = record["plan"]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}); remove it, and it is measured again") from None
+    for name in sorted(plan.keys() | made_by.keys()):
+        if plan.get(name) != made_by.get(name):
+            raise InputError(
+                f"{path} was measured with {name}={made_by.get(name)}, the study has {plan.get(name)}: choose another "
+                "--workdir, or remove the file and its training"
+            )
+    return record

@@ -72,7 +72,7 @@ def summarize(study: Study, records: Records) -> dict[str, RowSummary]:
     base_best = base_best_point(study, records)
     N = next(iter(outcomes.values())).accuracy_SPN.shape[-1]
     weights_RN = rng.multinomial(N, np.full(N, 1 / N), size=REPLICATES) / N
-    drawn = {name: _replicates(o, weights_RN, rng) for name, o in outcomes.items()}
+    drawn = {name: _replicates(o, weights_RN) for name, o in outcomes.items()}
     aups = {name: _areas(acc_RSP, tpf_RSP, best) for name, (acc_RSP, tpf_RSP) in drawn.items()}
     reference = study.reference if study.reference in aups else next(iter(aups))
     seeds = {name: rng.integers(0, s, (REPLICATES, s)) for name, s in ((n, a.shape[1]) for n, a in aups.items())}
@@ -114,7 +114,7 @@ def base_best_point(study: Study, records: Records) -> tuple[float, float] | Non
     return max((point["accuracy"], point["tpf_macro"]) for point in found[0]["points"])
 
 
-def _replicates(outcomes: _Outcomes, weights_RN: np.ndarray, rng: np.random.Generator) -> list[np.ndarray]:
+def _replicates(outcomes: _Outcomes, weights_RN: np.ndarray) -> list[np.ndarray]:
     """Accuracy and TPF [R, S, P] over redrawn problems."""
     return [np.einsum("rn,spn->rsp", weights_RN, x, optimize=True) for x in (outcomes.accuracy_SPN, outcomes.tpf_SPN)]
 

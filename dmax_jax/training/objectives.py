@@ -4,6 +4,8 @@ Everything that carries no gradient (noise, rollout) is computed outside the dif
 `sequence_loss`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -67,14 +69,8 @@ def mdlm(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Probl
 def dparallel(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> Losses:
     """Masked diffusion plus certainty forcing: the entropy at masked positions that are already predicted right."""
     chosen_BT = _supervised(batch, problem) & masked_BT
-
-    def certainty(logits_BTV: jax.Array) -> jax.Array:
-        log_probs_BTV = jax.nn.log_softmax(logits_BTV)
-        entropy_BT = -jnp.sum(jnp.exp(log_probs_BTV) * log_probs_BTV, axis=-1)
-        right_BT = chosen_BT & (jnp.argmax(logits_BTV, axis=-1) == batch.tokens_BT)
-        return problem.objective.certainty * jnp.sum(entropy_BT * _mean_weights(right_BT), axis=1)
-
     inputs_BT, weights_BT = _mask(batch, masked_BT, problem), _mean_weights(chosen_BT)
+    certainty = _certainty(batch, chosen_BT, problem)
     (_, seen), grads = loss_gradients(reader, Noisy(inputs_BT), batch, weights_BT, keys_B, problem, certainty)
     return Losses(grads, {"loss": mean_of(seen.loss_B), **_accuracy(seen, batch, chosen_BT)}, seen.loads)
 
@@ -103,11 +99,12 @@ def oput_joint(reader: Reader, batch: Batch, masked_BT, keys_B, problem: Problem
     """Eq. 6: masked and predicted input of the same draw; the masked loss's forward is the rollout's first step."""
     supervised_BT = _supervised(batch, problem)
     weights_BT = _mean_weights(supervised_BT)
+    certainty = _certainty(batch, supervised_BT & masked_BT, problem)
     masked = first_input(_mask(batch, masked_BT, problem), problem)
-    (_, first), masked_grads = loss_gradients(reader, masked, batch, weights_BT, keys_B, problem)
+    (_, first), masked_grads = loss_gradients(reader, masked, batch, weights_BT, keys_B, problem, certainty)
     predicted = take_predictions(masked, first.drawn_BT, first.confidence_BT, masked_BT, keys_B, problem)
     predicted = roll_out(reader, predicted, masked_BT, keys_B, problem, problem.objective.rollout_steps - 1)
-    (_, second), grads = loss_gradients(reader, predicted, batch, weights_BT, keys_B, problem)
+    (_, second), grads = loss_gradients(reader, predicted, batch, weights_BT, keys_B, problem, certainty)
     metrics = {
         "loss": mean_of(first.loss_B + second.loss_B),
         "masked_loss": mean_of(first.loss_B),
@@ -129,8 +126,8 @@ def oput_alternating(reader: Reader, batch: Batch, masked_BT, keys_B, problem: P
     )
     on_policy_B1 = batch.on_policy_B[:, None]
     inputs = jax.tree.map(lambda own, other: jnp.where(on_policy_B1, own, other), predicted, masked)
-    weights_BT = _mean_weights(supervised_BT)
-    (_, seen), grads = loss_gradients(reader, inputs, batch, weights_BT, keys_B, problem)
+    weights_BT, certainty = _mean_weights(supervised_BT), _certainty(batch, supervised_BT & masked_BT, problem)
+    (_, seen), grads = loss_gradients(reader, inputs, batch, weights_BT, keys_B, problem, certainty)
     metrics = {
         "loss": mean_of(seen.loss_B),
         "masked_loss": mean_where(seen.loss_B, ~batch.on_policy_B),
@@ -154,6 +151,20 @@ def _mask(batch: Batch, masked_BT: jax.Array, problem: Problem) -> jax.Array:
 def _mean_weights(chosen_BT: jax.Array) -> jax.Array:
     """Equal weights that sum to 1 over a sequence's chosen positions, or to 0 if there are none."""
     return chosen_BT / jnp.maximum(jnp.sum(chosen_BT, axis=1, keepdims=True), 1)
+
+
+def _certainty(batch: Batch, chosen_BT: jax.Array, problem: Problem) -> Callable[[jax.Array], jax.Array] | None:
+    """Certainty forcing (dParallel): the mean entropy at the chosen positions that are predicted right, weighted."""
+    if not problem.objective.certainty:
+        return None
+
+    def certainty(logits_BTV: jax.Array) -> jax.Array:
+        log_probs_BTV = jax.nn.log_softmax(logits_BTV)
+        entropy_BT = -jnp.sum(jnp.exp(log_probs_BTV) * log_probs_BTV, axis=-1)
+        right_BT = chosen_BT & (jnp.argmax(logits_BTV, axis=-1) == batch.tokens_BT)
+        return problem.objective.certainty * jnp.sum(entropy_BT * _mean_weights(right_BT), axis=1)
+
+    return certainty
 
 
 def _accuracy(seen: Evidence, batch: Batch, chosen_BT: jax.Array) -> dict[str, Mean]:
