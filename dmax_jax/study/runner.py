@@ -48,7 +48,7 @@ def run_study(study: Study, workdir: pathlib.Path) -> bool:
 
     Raises InputError if the directory holds figures of another plan.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "points").mkdir(parents=True, exist_ok=True)
     read_points(study, workdir)
     if any(training.data == "own" for training in study.trainings):
         work_through(answer_pieces(study, workdir))
