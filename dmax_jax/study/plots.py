@@ -8,21 +8,20 @@ from dmax_jax.study.plan import Study
 from dmax_jax.study.statistics import Records, RowSummary
 
 # Okabe and Ito's colours, told apart by colour-blind readers, too; a marker each, for print.
-COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8A8A")
-MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
+COLOURS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A", "#56B4E9", "#6A51A3")
+MARKERS = ("o", "s", "D", "P", "^", "v", "X", "*", "<")
 
 
 def plot_curves(study: Study, summaries: dict[str, RowSummary], path: pathlib.Path) -> None:
     """Accuracy against tokens per forward, a curve per row, bars for the 95 % intervals."""
     figure, axes = _figure()
-    for index, name in enumerate(name for name in study.curves if name in summaries):
-        row = summaries[name]
+    for row in [summaries[name] for name in study.curves if name in summaries]:
         points = sorted(row.points, key=lambda point: point.tpf_macro)
         x, y = [p.tpf_macro for p in points], [p.accuracy for p in points]
         spread_y = _spread(y, [p.accuracy_interval for p in points])
         spread_x = _spread(x, [p.tpf_interval for p in points])
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-        axes.errorbar(x, y, spread_y, spread_x, label=row.label, markersize=5, linewidth=1.6, elinewidth=0.9, **style)
+        style = _style(study, row.name) | {"markersize": 5, "linewidth": 1.6, "elinewidth": 0.9}
+        axes.errorbar(x, y, spread_y, spread_x, label=row.label, **style)
     axes.set_xlabel("tokens per forward pass")
     axes.set_ylabel("accuracy, %")
     axes.set_ylim(-3, 103)
@@ -37,23 +36,30 @@ def plot_settling(study: Study, records: Records, threshold: float, path: pathli
     for row in study.rows:
         for record in records.get(row.name, [])[:1]:
             found = [p["settling"] for p in record["points"] if "settling" in p and p["threshold"] == threshold]
-            traced += [(row.label, settling) for settling in found]
+            traced += [(row, settling) for settling in found]
     if not traced:
         return False
     figure, (left, right) = _figure(columns=2)
-    for index, (label, settling) in enumerate(traced):
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 3.5}
+    for row, settling in traced:
+        style = _style(study, row.name) | {"markersize": 3.5, "linewidth": 1.6}
         forwards = range(1, len(settling["running"]) + 1)
-        left.plot(forwards, [100 * share for share in settling["running"]], label=label, linewidth=1.6, **style)
-        right.plot(forwards, settling["entropy"], label=label, linewidth=1.6, **style)
+        left.plot(forwards, [100 * share for share in settling["running"]], label=row.label, **style)
+        right.plot(forwards, settling["entropy"], **style)
     left.set_ylabel("blocks still running, %")
     right.set_ylabel("entropy of the top-1 confidence, nats")
     for axes in (left, right):
         axes.set_xlabel("forward within the block")
         axes.set_ylim(bottom=0)
-    left.legend(frameon=False, fontsize=8.5)
+    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, fontsize=8.5)
     _save(figure, path)
     return True
+
+
+def _style(study: Study, name: str) -> dict[str, str]:
+    """The same colour and marker for a row in every plot."""
+    others = [row.name for row in sorted(study.rows, key=lambda row: not row.settling) if row.name not in study.curves]
+    index = [*study.curves, *others].index(name)
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def _figure(columns: int = 1) -> tuple[Any, Any]:
@@ -82,5 +88,5 @@ def _save(figure: Any, path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     figure.tight_layout()
-    figure.savefig(path, dpi=160, metadata={"Software": None})
+    figure.savefig(path, dpi=160, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)

@@ -366,6 +366,24 @@ def test_certainty_forcing(params, case):
     np.testing.assert_allclose(found["loss"], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("schedule", ["joint", "alternating"])
+def test_certainty_forcing_of_oput_is_part_of_every_loss(params, case, schedule):
+    """At the masked positions that this input's logits predict right; the other terms stay as they are."""
+    chosen = case.supervised & np.asarray(case.masked)
+    forced = run("oput", params, case, schedule=schedule, certainty=0.7)
+    plain = run("oput", params, case, schedule=schedule)
+    expected = {}
+    for name, inputs in (("masked_loss", case.masked_inputs), ("predicted_loss", manual_rollout(params, case, 1))):
+        log_probs = log_softmax(forward(params, inputs, case.batch.tokens_BT, problem=PROBLEM))
+        right = chosen & (log_probs.argmax(-1) == np.asarray(case.batch.tokens_BT))
+        by_row = (-(np.exp(log_probs) * log_probs).sum(-1) * mean_weights(right)).sum(1)
+        on_policy = np.asarray(case.batch.on_policy_B) == (name == "predicted_loss")
+        expected[name] = (by_row if schedule == "joint" else by_row[on_policy]).mean()
+    for name, certainty in expected.items():
+        assert certainty > 0
+        np.testing.assert_allclose(forced[name], plain[name] + 0.7 * certainty, rtol=1e-5)
+
+
 def test_uniform_diffusion(params, case):
     drawn = random_tokens(case.keys, LENGTH, SMALL.vocab_size)
     inputs = jnp.where(case.masked, drawn, case.batch.tokens_BT)
@@ -393,7 +411,7 @@ def test_noise_follows_from_key_and_batch(params, case):
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_gradients_are_float32_whatever_the_computation_is_in(params, case, kind):
     found = jax.eval_shape(
-        lambda p: objective_gradients(p, case.batch, KEY, make_problem("bfloat16", kind=kind)), params
+        lambda p: objective_gradients(p, case.batch, KEY, make_problem("bfloat16", kind=kind, certainty=2.0)), params
     )
     assert jax.tree.map(lambda leaf: leaf.shape, found.grads) == jax.tree.map(lambda leaf: leaf.shape, params)
     assert {leaf.dtype for leaf in jax.tree.leaves((found.grads, found.metrics))} == {jnp.dtype(jnp.float32)}
