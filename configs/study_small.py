@@ -27,8 +27,8 @@ def masked(kind: str, **changes) -> ObjectiveConfig:
 
 SOFT = {"rollout_embedding": "soft"}
 AS_DECODED = SOFT | {"rollout_promotion": "prefix", "rollout_steps": 2, "mask_rate_low": 0.5, "mask_rate_high": 1.0}
-# Ours ("OPUT + certainty"): with dParallel's certainty forcing, and mask rates from [0.5, 1], where decoding starts. The
-# long row takes 3,500 steps of 256 samples, 4.7 times as many as the others.
+# Ours ("OPUT + certainty"): with dParallel's certainty forcing, and mask rates from [0.5, 1], where decoding starts.
+# The long row takes 3,500 steps of 256 samples, 4.7 times as many as the others.
 CERTAIN = {"certainty": 2.0, "mask_rate_low": 0.5, "mask_rate_high": 1.0}
 
 TRAININGS = (
