@@ -4,7 +4,7 @@
 
 Every training starts from the same base model (`demo_base`; configs/stories_base.py makes it) and takes the same steps
 at the same batch and learning rate, so that rows differ in what their labels say. Two H200 with two processes on each
-(XLA_PYTHON_CLIENT_MEM_FRACTION=0.45): 15 minutes; one H200: half an hour. docs/study.md says what came out.
+(XLA_PYTHON_CLIENT_MEM_FRACTION=0.45) need about 40 minutes, estimated from its parts. docs/study.md says what came out.
 """
 
 from dmax_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig
@@ -28,7 +28,7 @@ def masked(kind: str, **changes) -> ObjectiveConfig:
 SOFT = {"rollout_embedding": "soft"}
 AS_DECODED = SOFT | {"rollout_promotion": "prefix", "rollout_steps": 2, "mask_rate_low": 0.5, "mask_rate_high": 1.0}
 # Ours ("OPUT + certainty"): with dParallel's certainty forcing, and mask rates from [0.5, 1], where decoding starts.
-# The long row takes 3,500 steps of 256 samples, 4.7 times as many as the others.
+# Long rows take 3,500 steps of 256 samples, 4.7 times as many as the others.
 CERTAIN = {"certainty": 2.0, "mask_rate_low": 0.5, "mask_rate_high": 1.0}
 
 TRAININGS = (
@@ -37,7 +37,6 @@ TRAININGS = (
     Training(name="oput_task", objective=oput(), data="task", seeds=SEEDS),
     Training(name="dparallel", objective=masked("dparallel", certainty=2.0), seeds=SEEDS),
     Training(name="uniform", objective=ObjectiveConfig(kind="uniform"), seeds=SEEDS),
-    Training(name="oput_certain_long", objective=oput(**CERTAIN), steps=3500, batch_size=256),
     Training(name="oput_rate050_100", objective=oput(mask_rate_low=0.5, mask_rate_high=1.0)),
     Training(name="oput_certain075", objective=oput(certainty=2.0)),
     Training(name="oput_certain5", objective=oput(**CERTAIN | {"certainty": 5.0})),
@@ -54,6 +53,9 @@ TRAININGS = (
     Training(name="mdlm", objective=masked("mdlm")),
     Training(name="oput_block16", objective=oput(), block_length=16),
     Training(name="oput_block64", objective=oput(), block_length=64),
+    Training(name="oput_certain_long", objective=oput(**CERTAIN), steps=3500, batch_size=256, seeds=SEEDS),
+    Training(name="oput_long", objective=oput(), steps=3500, batch_size=256),
+    Training(name="dparallel_long", objective=masked("dparallel", certainty=2.0), steps=3500, batch_size=256),
 )
 
 
@@ -119,6 +121,8 @@ ROWS = (
     spd_row("oput_certain", "OPUT + certainty, hard", name="oput_certain_hard", embedding="hard"),
     falling_row("oput_certain", "OPUT + certainty, threshold"),
     spd_row("oput_certain_long", "OPUT + certainty, long, soft"),
+    spd_row("oput_long", "OPUT, long, soft"),
+    falling_row("dparallel_long", "dParallel, long, threshold"),
 )
 
 TABLES = (
