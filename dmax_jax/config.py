@@ -149,6 +149,10 @@ class ObjectiveConfig:
         _require(
             self.kind != "dparallel" or self.certainty > 0, "objective: dparallel needs certainty above 0, such as 2"
         )
+        _require(
+            self.certainty == 0 or self.kind in ("dparallel", "oput"),
+            f"objective: certainty={self.certainty} is for dparallel and oput, not for {self.kind}",
+        )
         _require(self.supervised_padding >= 0, f"objective: {self.supervised_padding=} must not be negative")
 
 
@@ -242,13 +246,18 @@ class RunConfig:
 
 def load_config(path: str, overrides: Iterable[tuple[str, str]] = ()) -> RunConfig:
     """Runs `get_config()` of a Python file and applies overrides such as `("optimizer.learning_rate", "1e-5")`."""
+    return override(call_in_file("--config", path, "get_config"), overrides)
+
+
+def call_in_file(flag: str, path: str, function: str) -> Any:
+    """Calls a function of a Python file that a flag names; raises InputError if there is no such file or function."""
     file = pathlib.Path(path)
-    _require(file.is_file(), f"--config={path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"dmax_config_{file.stem}", file)
+    _require(file.is_file(), f"{flag}={path}: no such file")
+    spec = importlib.util.spec_from_file_location(f"dmax_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    _require(hasattr(module, "get_config"), f"--config={path}: the file defines no get_config()")
-    return override(module.get_config(), overrides)
+    _require(hasattr(module, function), f"{flag}={path}: the file defines no {function}()")
+    return getattr(module, function)()
 
 
 def override(config: Any, overrides: Iterable[tuple[str, str]], prefix: str = "") -> Any:

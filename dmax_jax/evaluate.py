@@ -29,8 +29,9 @@ from dmax_jax.evaluation.run import evaluate
 from dmax_jax.evaluation.tasks import load_problems
 from dmax_jax.output_file import prepare_output, write_json
 from dmax_jax.study.plan import load_study
+from dmax_jax.study.plots import require_matplotlib
 from dmax_jax.study.report import write_report
-from dmax_jax.study.runner import read_points, run_study
+from dmax_jax.study.runner import read_points, run_study, wait_for_lock
 
 FLAGS = flags.FlagValues()
 DECODING = DecodingFlags(FLAGS, batch_size=64, gen_length=128)
@@ -53,7 +54,7 @@ STUDY = flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 WORKDIR = flags.DEFINE_string("workdir", None, "With --study: directory of its models and figures.", flag_values=FLAGS)
-ROWS = flags.DEFINE_list("rows", None, "With --study: names of the only rows to run and report.", flag_values=FLAGS)
+ROWS = flags.DEFINE_list("rows", None, "With --study: names of the only rows to run.", flag_values=FLAGS)
 
 
 def main() -> None:
@@ -82,17 +83,21 @@ def main() -> None:
 
 
 def study_main() -> None:
-    """Runs a study's missing parts and writes its report."""
+    """Runs a study's missing parts and writes the report of all that is there."""
     if not WORKDIR.value:
         raise InputError("--study needs --workdir")
+    for name in FLAGS:
+        if FLAGS[name].present and name not in ("study", "workdir", "rows"):
+            raise InputError(f"--{name} is not for a study, whose file says everything")
+    require_matplotlib()
     study, workdir = load_study(STUDY.value), pathlib.Path(WORKDIR.value)
-    if ROWS.value:
-        study = study.only(ROWS.value)
     use_compilation_cache()
-    if not run_study(study, workdir):
+    if not run_study(study, workdir, ROWS.value or ()):
         print("stopped; the same command goes on", file=sys.stderr)
         raise SystemExit(130)
-    print("\n".join(str(path) for path in write_report(study, read_points(study, workdir), workdir / "report")))
+    with wait_for_lock(workdir / "locks" / "report"):  # processes that end together write it in turn
+        files = write_report(study, read_points(study, workdir), workdir / "report")
+    print("\n".join(map(str, files)))
 
 
 def requested_policies() -> list[Policy]:

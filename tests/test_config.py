@@ -147,6 +147,11 @@ def test_senseless_models_are_refused_by_name_and_number(changes, message):
         (ObjectiveConfig(mask_rate_low=0.0), {"inverse_rate_weight": True}, "divides by the mask rate"),
         (ObjectiveConfig(), {"rollout_steps": 0}, "rollout_steps=0"),
         (ObjectiveConfig(), {"certainty": -1.0}, "certainty=-1.0"),
+        (
+            ObjectiveConfig(),
+            {"kind": "mdlm", "certainty": 1.0},
+            "certainty=1.0 is for dparallel and oput, not for mdlm",
+        ),
         (ObjectiveConfig(), {"kind": "dparallel"}, "dparallel needs certainty above 0"),
         (ObjectiveConfig(), {"rollout_embedding": "mild"}, "rollout_embedding='mild' is none of hard, soft"),
         (ObjectiveConfig(), {"rollout_promotion": "some"}, "rollout_promotion='some' is none of all, prefix"),

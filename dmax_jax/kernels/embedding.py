@@ -23,7 +23,7 @@ def _forward(table_VD: jax.Array, ids: jax.Array):
 def _backward(kept, cotangent: jax.Array):
     ids, table_VD = kept
     V, D = table_VD.shape
-    ids_M, cotangent_MD = ids.reshape(-1), cotangent.reshape(-1, D)
+    ids_M, cotangent_MD = jnp.ravel(ids), cotangent.reshape(-1, D)
     if V > SMALL_TABLE:
         return jnp.zeros_like(table_VD).at[ids_M].add(cotangent_MD), None
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=table_VD.dtype)

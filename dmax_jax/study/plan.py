@@ -2,10 +2,8 @@
 
 import collections
 import dataclasses
-import importlib.util
-import pathlib
 
-from dmax_jax.config import ObjectiveConfig, RunConfig
+from dmax_jax.config import ObjectiveConfig, RunConfig, call_in_file
 from dmax_jax.decoding.policies import Policy
 from dmax_jax.errors import InputError
 
@@ -18,11 +16,17 @@ class Training:
 
     name: str
     objective: ObjectiveConfig
-    data: str = "own"  # own: the base model's answers | task: the task's own answers
+    data: str = "own"  # answers to the same questions: own (the base model's) | task (the task's)
     block_length: int = 32
     steps: int | None = None  # None: the study's
     batch_size: int | None = None  # None: the study's
     seeds: int = 1
+
+    def __post_init__(self):
+        if self.data not in ("own", "task"):
+            raise InputError(f"study: training {self.name!r} has data={self.data!r}, neither own nor task")
+        if self.seeds < 1:
+            raise InputError(f"study: training {self.name!r} has seeds={self.seeds}, not at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,7 +57,7 @@ class Table:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
     base: str  # checkpoint directory, or the name of one that comes with the package
-    run: RunConfig  # steps, batch, optimiser of all trainings; its data is the task's
+    run: RunConfig  # steps, batch, optimiser of all trainings; its data names the task, its start is the base
     answers: int  # questions that the base answers for training, threshold 0.95
     answers_batch: int
     samples: int  # test problems per point
@@ -86,6 +90,15 @@ class Study:
         for name in named:
             if name not in rows:
                 raise InputError(f"study: there is no row {name!r}")
+        thresholds = {row.name: row.thresholds for row in self.rows}
+        for name, threshold in (point for table in self.tables for point in table.points):
+            if threshold is not None and threshold not in thresholds[name]:
+                raise InputError(f"study: a table has row {name!r} at {threshold}, which is none of its thresholds")
+        for row in self.rows:
+            if row.settling and self.settling_threshold not in row.thresholds:
+                raise InputError(f"study: row {row.name!r} does not settle at {self.settling_threshold}")
+        if not self.run.data.task:
+            raise InputError("study: its run needs data.task, which says what is asked")
 
     def training(self, name: str) -> Training:
         return next(training for training in self.trainings if training.name == name)
@@ -96,33 +109,7 @@ class Study:
     def seeds_of(self, row: Row) -> int:
         return 1 if row.training == BASE else self.training(row.training).seeds
 
-    def only(self, names: list[str]) -> "Study":
-        """The part of the study that some rows need; raises InputError for an unknown name."""
-        known = [row.name for row in self.rows]
-        for name in names:
-            if name not in known:
-                raise InputError(f"--rows={name}: the study has no such row, only {', '.join(known)}")
-        rows = tuple(row for row in self.rows if row.name in names)
-        used = {row.training for row in rows}
-        return dataclasses.replace(
-            self,
-            rows=rows,
-            trainings=tuple(training for training in self.trainings if training.name in used),
-            baseline=self.baseline if self.baseline in names else names[0],
-            reference=self.reference if self.reference in names else names[0],
-            curves=tuple(name for name in self.curves if name in names),
-            tables=tuple(table for table in self.tables if all(name in names for name, _ in table.points)),
-        )
-
 
 def load_study(path: str) -> Study:
     """Runs `get_study()` of a Python file; raises InputError if there is none."""
-    file = pathlib.Path(path)
-    if not file.is_file():
-        raise InputError(f"--study={path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"dmax_study_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_study"):
-        raise InputError(f"--study={path}: the file defines no get_study()")
-    return module.get_study()
+    return call_in_file("--study", path, "get_study")

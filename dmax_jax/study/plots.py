@@ -1,5 +1,6 @@
 """The plots of a study. Needs matplotlib, which the extra `study` brings."""
 
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -10,6 +11,12 @@ from dmax_jax.study.statistics import Records, RowSummary
 # Okabe and Ito's colours, told apart by colour-blind readers, too; a marker each, for print.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#8A8A8A", "#56B4E9", "#6A51A3")
 MARKERS = ("o", "s", "D", "P", "^", "v", "X", "*", "<")
+
+
+def require_matplotlib() -> None:
+    """Raises InputError if the plots can't be made, for a check before long work."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError('the plots of a study need matplotlib: pip install ".[study]"')
 
 
 def plot_curves(study: Study, summaries: dict[str, RowSummary], path: pathlib.Path) -> None:
@@ -31,7 +38,10 @@ def plot_curves(study: Study, summaries: dict[str, RowSummary], path: pathlib.Pa
 
 
 def plot_settling(study: Study, records: Records, threshold: float, path: pathlib.Path) -> bool:
-    """How sure the model is, and how many blocks still run, forward by forward; False if no row was traced."""
+    """How sure the model is in the blocks that still run, and how many do, forward by forward, of the first seed.
+
+    Returns False if no row was traced.
+    """
     traced = []
     for row in study.rows:
         for record in records.get(row.name, [])[:1]:
@@ -63,10 +73,8 @@ def _style(study: Study, name: str) -> dict[str, str]:
 
 
 def _figure(columns: int = 1) -> tuple[Any, Any]:
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise InputError('the plots need matplotlib: pip install ".[study]"; all other files are written') from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dmax_jax.output_file import whole_file, write_json
 from dmax_jax.study.plan import Study
 from dmax_jax.study.plots import plot_curves, plot_settling
-from dmax_jax.study.statistics import PointSummary, Records, RowSummary, base_best_point, summarize
+from dmax_jax.study.statistics import PointSummary, Records, RowSummary, most_accurate, summarize
 
 Summaries = dict[str, RowSummary]
 
@@ -20,7 +20,7 @@ def write_report(study: Study, records: Records, directory: pathlib.Path) -> lis
     write_json(directory / "study.json", to_json(study, records, summaries), indent=1)
     write_csv(directory / "points.csv", summaries)
     with whole_file(directory / "tables.md") as file:
-        file.write(to_markdown(study, records, summaries))
+        file.write(to_markdown(study, summaries))
     plot_curves(study, summaries, directory / "accuracy_tpf.png")
     names = ["study.json", "points.csv", "tables.md", "accuracy_tpf.png"]
     if plot_settling(study, records, study.settling_threshold, directory / "settling.png"):
@@ -37,7 +37,7 @@ def to_json(study: Study, records: Records, summaries: Summaries) -> dict:
 
     return {
         "reference": study.reference,
-        "base_best": base_best_point(study, records),
+        "baseline": study.baseline,
         "rows": {name: dataclasses.asdict(summary) for name, summary in summaries.items()},
         "records": {name: [without_problems(record) for record in found] for name, found in records.items()},
     }
@@ -57,7 +57,7 @@ def write_csv(path: pathlib.Path, summaries: Summaries) -> None:
                 writer.writerow([row.name, row.label, row.seeds, p.threshold, *(f"{f:.4f}" for f in figures)])
 
 
-def to_markdown(study: Study, records: Records, summaries: Summaries) -> str:
+def to_markdown(study: Study, summaries: Summaries) -> str:
     """The study's tables, then every row with its area under parallelism."""
     parts = []
     for table in study.tables:
@@ -70,7 +70,7 @@ def to_markdown(study: Study, records: Records, summaries: Summaries) -> str:
         ]
         header = ("training, decoding", "threshold", "accuracy % (95 %)", "TPF (95 %)", "forwards", "seeds")
         parts.append(f"## {table.title}\n\n{markdown_table(header, lines)}")
-    return "\n\n".join([*parts, aup_table(study, records, summaries)]) + "\n"
+    return "\n\n".join([*parts, aup_table(study, summaries)]) + "\n"
 
 
 def point_line(row: RowSummary, point: PointSummary) -> tuple[str, ...]:
@@ -84,21 +84,29 @@ def point_line(row: RowSummary, point: PointSummary) -> tuple[str, ...]:
     )
 
 
-def aup_table(study: Study, records: Records, summaries: Summaries) -> str:
-    """All rows by area under parallelism, and how fast each is within one point of the base's best accuracy."""
-    best = base_best_point(study, records)
+def aup_table(study: Study, summaries: Summaries) -> str:
+    """All rows by area under parallelism, and how fast each is within one point of the baseline's best accuracy."""
+    baseline = most_accurate(summaries[study.baseline]) if study.baseline in summaries else None
     lines = []
     for row in sorted(summaries.values(), key=lambda row: -row.aup):
         fastest = "-"
-        if best is not None and row.fastest is not None:
-            ratio = row.fastest.tpf_macro / best[1]
+        if baseline and row.fastest:
+            ratio = row.fastest.tpf_macro / baseline.tpf_macro
             fastest = f"{row.fastest.tpf_macro:.2f} at {row.fastest.threshold:g} ({ratio:.2f} times)"
-        gain = f"{row.aup_gain:+.0f} ({row.aup_gain_interval[0]:+.0f} to {row.aup_gain_interval[1]:+.0f})"
+        gain = "reference" if row.name == study.reference else "-"
+        if row.aup_gain is not None and row.name != study.reference:
+            gain = f"{row.aup_gain:+.0f} ({row.aup_gain_interval[0]:+.0f} to {row.aup_gain_interval[1]:+.0f})"
         aup = f"{row.aup:.0f} ({row.aup_interval[0]:.0f} to {row.aup_interval[1]:.0f})"
-        lines.append((row.label, aup, "reference" if row.name == study.reference else gain, fastest, str(row.seeds)))
-    label = summaries[study.reference].label if study.reference in summaries else "the first row"
+        lines.append((row.label, aup, gain, fastest, str(row.seeds)))
+    label = summaries[study.reference].label if study.reference in summaries else "the reference"
     header = ("training, decoding", "AUP (95 %)", f"gain over {label} (95 %)", "TPF within one point", "seeds")
-    return f"## Area under parallelism\n\n{markdown_table(header, lines)}"
+    notes = "Intervals of rows with one seed are over problems alone; several seeds are drawn anew, too."
+    if baseline:
+        notes += (
+            f" 'Within one point' is of {summaries[study.baseline].label} at {baseline.threshold:g} "
+            f"({baseline.accuracy:.1f} % at {baseline.tpf_macro:.2f}), which the times are of, too."
+        )
+    return f"## Area under parallelism\n\n{notes}\n\n{markdown_table(header, lines)}"
 
 
 def markdown_table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:

@@ -10,9 +10,12 @@ from dmax_jax.decoding.batch import Answer
 
 @dataclasses.dataclass(frozen=True)
 class Settling:
-    """Means over all blocks of a run, by the number of the forward in the block, from the first on."""
+    """Means by the number of the forward in the block, from the first on, over the blocks that get that forward.
 
-    entropy: list[float]  # of the top-1 confidence p: -p log p - (1 - p) log(1 - p), in nats, over decoded positions
+    The later a forward, the fewer and harder the blocks that it is of.
+    """
+
+    entropy: list[float]  # of the top-1 confidence p: -p log p - (1 - p) log(1 - p), in nats, over all but the prompt
     confidence: list[float]  # the top-1 confidence itself
     running: list[float]  # share of all blocks that get a forward of this number
     forwards_per_block: float

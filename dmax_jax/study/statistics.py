@@ -1,16 +1,18 @@
 """Figures with intervals: over problems, which all rows share, and over training seeds.
 
-Intervals are 95 % percentile bootstraps. A replicate draws the problems anew, the same ones for every row, so that rows
-are compared on equal terms, and for every row its seeds. A single seed's accuracy has Wilson's interval.
+Intervals are 95 % percentile bootstraps. A replicate draws the problems anew, the same ones for every row, and the
+seeds of every training, the same ones for all rows that decode its models. A single seed's accuracy has Wilson's
+interval; its other intervals say nothing of training's own scatter, and those of a few seeds say too little of it.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dmax_jax.evaluation.metrics import area_under_parallelism, wilson_interval
-from dmax_jax.study.plan import Study
+from dmax_jax.study.plan import Row, Study
 
 REPLICATES = 1000
 Interval = tuple[float, float]
@@ -41,12 +43,9 @@ class RowSummary:
     aup: float
     aup_interval: Interval
     aup_by_seed: list[float]
-    aup_gain: float  # over the reference row
-    aup_gain_interval: Interval
-    fastest: PointSummary | None  # of the points at most one below the base's best accuracy
-
-    def point(self, threshold: float) -> PointSummary:
-        return next(point for point in self.points if point.threshold == threshold)
+    aup_gain: float | None  # over the reference row
+    aup_gain_interval: Interval | None
+    fastest: PointSummary | None  # of the points at most one below the baseline's best accuracy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,51 +66,63 @@ class _Outcomes:
 def summarize(study: Study, records: Records) -> dict[str, RowSummary]:
     """Summaries of all rows that have records, in the study's order."""
     rng = np.random.default_rng(0)
-    outcomes = {name: _Outcomes.of(found) for name, found in records.items()}
-    best = max(float(o.accuracy_SPN.mean(axis=(0, 2)).max()) for o in outcomes.values())
-    base_best = base_best_point(study, records)
+    rows = [row for row in study.rows if row.name in records]
+    outcomes = {row.name: _Outcomes.of(records[row.name]) for row in rows}
     N = next(iter(outcomes.values())).accuracy_SPN.shape[-1]
     weights_RN = rng.multinomial(N, np.full(N, 1 / N), size=REPLICATES) / N
     drawn = {name: _replicates(o, weights_RN) for name, o in outcomes.items()}
-    aups = {name: _areas(acc_RSP, tpf_RSP, best) for name, (acc_RSP, tpf_RSP) in drawn.items()}
-    reference = study.reference if study.reference in aups else next(iter(aups))
-    seeds = {name: rng.integers(0, s, (REPLICATES, s)) for name, s in ((n, a.shape[1]) for n, a in aups.items())}
-    mean_aup = {name: np.take_along_axis(aup, seeds[name], 1).mean(1) for name, aup in aups.items()}
+    observed = {name: _replicates(o, np.full((1, N), 1 / N)) for name, o in outcomes.items()}
+    seeds = _draw_seeds(rows, records, rng)
+    aups_RS, aup_1S = _areas(drawn), _areas(observed)
+    aup_R = {name: np.take_along_axis(aup_RS, seeds[name], 1).mean(1) for name, aup_RS in aups_RS.items()}
 
     summaries = {}
-    for row in study.rows:
-        if row.name not in records:
-            continue
-        o, found = outcomes[row.name], records[row.name]
-        own = _areas(o.accuracy_SPN.mean(2)[None], o.tpf_SPN.mean(2)[None], best)[0]
-        other = outcomes[reference]
-        own_reference = _areas(other.accuracy_SPN.mean(2)[None], other.tpf_SPN.mean(2)[None], best)[0]
+    for row in rows:
+        found = records[row.name]
         points = [
-            _summarize_point(index, found, o, [x[:, :, index] for x in drawn[row.name]], seeds[row.name])
+            _summarize_point(
+                index, found, outcomes[row.name], [x[:, :, index] for x in drawn[row.name]], seeds[row.name]
+            )
             for index in range(len(row.thresholds))
         ]
-        near = [point for point in points if base_best is None or point.accuracy >= base_best[0] - 1]
+        gain = interval = None
+        if study.reference in aup_R:
+            gain = float(aup_1S[row.name].mean() - aup_1S[study.reference].mean())
+            interval = _percentiles(aup_R[row.name] - aup_R[study.reference])
         summaries[row.name] = RowSummary(
             name=row.name,
             label=row.label,
             seeds=len(found),
             points=points,
-            aup=float(own.mean()),
-            aup_interval=_percentiles(mean_aup[row.name]),
-            aup_by_seed=own.tolist(),
-            aup_gain=float(own.mean() - own_reference.mean()),
-            aup_gain_interval=_percentiles(mean_aup[row.name] - mean_aup[reference]),
-            fastest=max(near, key=lambda point: point.tpf_macro, default=None),
+            aup=float(aup_1S[row.name].mean()),
+            aup_interval=_percentiles(aup_R[row.name]),
+            aup_by_seed=aup_1S[row.name][0].tolist(),
+            aup_gain=gain,
+            aup_gain_interval=interval,
+            fastest=None,
         )
-    return summaries
+    baseline = most_accurate(summaries[study.baseline]) if study.baseline in summaries else None
+    return {name: dataclasses.replace(row, fastest=_fastest(row, baseline)) for name, row in summaries.items()}
 
 
-def base_best_point(study: Study, records: Records) -> tuple[float, float] | None:
-    """Accuracy and TPF of the study's baseline at its most accurate threshold."""
-    found = records.get(study.baseline)
-    if not found:
-        return None
-    return max((point["accuracy"], point["tpf_macro"]) for point in found[0]["points"])
+def most_accurate(row: RowSummary) -> PointSummary:
+    """Of equally accurate points the faster one."""
+    return max(row.points, key=lambda point: (point.accuracy, point.tpf_macro))
+
+
+def _fastest(row: RowSummary, baseline: PointSummary | None) -> PointSummary | None:
+    near = [point for point in row.points if baseline and point.accuracy >= baseline.accuracy - 1]
+    return max(near, key=lambda point: point.tpf_macro, default=None)
+
+
+def _draw_seeds(rows: Sequence[Row], records: Records, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Seeds [R, S] of every row's replicates; rows of one training decode the same models, so they draw the same."""
+    drawn: dict[tuple[str, int], np.ndarray] = {}
+    for row in rows:
+        count = len(records[row.name])
+        if (row.training, count) not in drawn:
+            drawn[row.training, count] = rng.integers(0, count, (REPLICATES, count))
+    return {row.name: drawn[row.training, len(records[row.name])] for row in rows}
 
 
 def _replicates(outcomes: _Outcomes, weights_RN: np.ndarray) -> list[np.ndarray]:
@@ -119,14 +130,22 @@ def _replicates(outcomes: _Outcomes, weights_RN: np.ndarray) -> list[np.ndarray]
     return [np.einsum("rn,spn->rsp", weights_RN, x, optimize=True) for x in (outcomes.accuracy_SPN, outcomes.tpf_SPN)]
 
 
-def _areas(accuracy_RSP: np.ndarray, tpf_RSP: np.ndarray, best: float) -> np.ndarray:
-    R, S, _ = accuracy_RSP.shape
-    return np.array(
-        [
-            [area_under_parallelism(list(zip(tpf_RSP[r, s], accuracy_RSP[r, s], strict=True)), best) for s in range(S)]
-            for r in range(R)
-        ]
-    )
+def _areas(drawn: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
+    """Areas under parallelism [R, S] of every row, under the best accuracy of all rows in the same replicate."""
+    best_R = np.max([accuracy_RSP.max(axis=(1, 2)) for accuracy_RSP, _ in drawn.values()], axis=0)
+
+    def areas(accuracy_RSP: np.ndarray, tpf_RSP: np.ndarray) -> np.ndarray:
+        return np.array(
+            [
+                [
+                    area_under_parallelism(list(zip(tpf_P, accuracy_P, strict=True)), best)
+                    for tpf_P, accuracy_P in zip(tpf_SP, accuracy_SP, strict=True)
+                ]
+                for tpf_SP, accuracy_SP, best in zip(tpf_RSP, accuracy_RSP, best_R, strict=True)
+            ]
+        )
+
+    return {name: areas(*pair) for name, pair in drawn.items()}
 
 
 def _summarize_point(index: int, found: list[dict], outcomes: _Outcomes, drawn_RS: list[np.ndarray], seeds_RS):

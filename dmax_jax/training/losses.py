@@ -72,8 +72,10 @@ def read_noisy(reader: Reader, noisy: Noisy, problem: Problem) -> tuple[jax.Arra
     x_BTD = embed(reader.params, noisy.tokens_BT)
     if noisy.confidence_BT is not None:
         mask_D = embed(reader.params, jnp.asarray(problem.model.mask_token_id))
-        soft_BTD = soft_embedding(x_BTD, mask_D, noisy.confidence_BT)
-        x_BTD = jnp.where((noisy.confidence_BT > 0)[:, :, None], soft_BTD, x_BTD)
+        is_soft_BT1 = (noisy.confidence_BT > 0)[:, :, None]
+        # What is not softened is not given to the norms, whose gradient at a vector of zeros is no number.
+        soft_BTD = soft_embedding(jnp.where(is_soft_BT1, x_BTD, 1), mask_D, noisy.confidence_BT)
+        x_BTD = jnp.where(is_soft_BT1, soft_BTD, x_BTD)
     out = _run_stream(reader.params, x_BTD, problem, reader.clean)
     return unembed(cast_params(reader.params, problem.dtype), out.hidden_BTD), out.loads
 

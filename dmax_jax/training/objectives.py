@@ -26,7 +26,7 @@ class Gradients:
 
 
 @struct.dataclass
-class Losses:
+class StreamGradients:
     """What an objective makes of a batch: gradients with respect to the parameters and the clean stream."""
 
     grads: Reader
@@ -50,7 +50,7 @@ def batch_gradients(params: Params, batch: Batch, masked_BT, rate_B, keys_B, pro
     return Gradients(grads, losses.metrics, loads)
 
 
-def mdlm(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> Losses:
+def mdlm(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> StreamGradients:
     """Masked diffusion: cross entropy at masked supervised positions; optionally each sample over its mask rate."""
     supervised_BT = _supervised(batch, problem)
     weights_BT = _mean_weights(supervised_BT & masked_BT)
@@ -63,19 +63,19 @@ def mdlm(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Probl
         "masked_loss": mean_of(seen.loss_B),
         **_accuracy(seen, batch, supervised_BT & masked_BT),
     }
-    return Losses(grads, metrics, seen.loads)
+    return StreamGradients(grads, metrics, seen.loads)
 
 
-def dparallel(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> Losses:
+def dparallel(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> StreamGradients:
     """Masked diffusion plus certainty forcing: the entropy at masked positions that are already predicted right."""
     chosen_BT = _supervised(batch, problem) & masked_BT
     inputs_BT, weights_BT = _mask(batch, masked_BT, problem), _mean_weights(chosen_BT)
     certainty = _certainty(batch, chosen_BT, problem)
     (_, seen), grads = loss_gradients(reader, Noisy(inputs_BT), batch, weights_BT, keys_B, problem, certainty)
-    return Losses(grads, {"loss": mean_of(seen.loss_B), **_accuracy(seen, batch, chosen_BT)}, seen.loads)
+    return StreamGradients(grads, {"loss": mean_of(seen.loss_B), **_accuracy(seen, batch, chosen_BT)}, seen.loads)
 
 
-def uniform(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> Losses:
+def uniform(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> StreamGradients:
     """Uniform diffusion: random vocabulary tokens take the masks' places, cross entropy at all supervised positions."""
     random_BT = random_tokens(keys_B, batch.tokens_BT.shape[1], problem.model.vocab_size)
     inputs_BT = jnp.where(masked_BT, random_BT, batch.tokens_BT)
@@ -86,16 +86,16 @@ def uniform(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Pr
         "random_loss": mean_of(seen.loss_B),
         **_accuracy(seen, batch, supervised_BT & masked_BT),
     }
-    return Losses(grads, metrics, seen.loads)
+    return StreamGradients(grads, metrics, seen.loads)
 
 
-def oput(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> Losses:
+def oput(reader: Reader, batch: Batch, masked_BT, rate_B, keys_B, problem: Problem) -> StreamGradients:
     """On-Policy Uniform Training in the run's schedule."""
     schedule = {"joint": oput_joint, "alternating": oput_alternating}[problem.objective.schedule]
     return schedule(reader, batch, masked_BT, keys_B, problem)
 
 
-def oput_joint(reader: Reader, batch: Batch, masked_BT, keys_B, problem: Problem) -> Losses:
+def oput_joint(reader: Reader, batch: Batch, masked_BT, keys_B, problem: Problem) -> StreamGradients:
     """Eq. 6: masked and predicted input of the same draw; the masked loss's forward is the rollout's first step."""
     supervised_BT = _supervised(batch, problem)
     weights_BT = _mean_weights(supervised_BT)
@@ -112,10 +112,10 @@ def oput_joint(reader: Reader, batch: Batch, masked_BT, keys_B, problem: Problem
         **_repairs(predicted.tokens_BT, second, batch, supervised_BT & masked_BT, problem),
     }
     loads = jax.tree.map(jnp.add, first.loads, second.loads)
-    return Losses(jax.tree.map(jnp.add, masked_grads, grads), metrics, loads)
+    return StreamGradients(jax.tree.map(jnp.add, masked_grads, grads), metrics, loads)
 
 
-def oput_alternating(reader: Reader, batch: Batch, masked_BT, keys_B, problem: Problem) -> Losses:
+def oput_alternating(reader: Reader, batch: Batch, masked_BT, keys_B, problem: Problem) -> StreamGradients:
     """The official code's schedule: one loss per row, on predicted input where `on_policy_B`, else on masked input."""
     supervised_BT = _supervised(batch, problem)
     masked = first_input(_mask(batch, masked_BT, problem), problem)
@@ -134,7 +134,7 @@ def oput_alternating(reader: Reader, batch: Batch, masked_BT, keys_B, problem: P
         "predicted_loss": mean_where(seen.loss_B, batch.on_policy_B),
         **_repairs(inputs.tokens_BT, seen, batch, supervised_BT & masked_BT & on_policy_B1, problem),
     }
-    return Losses(grads, metrics, seen.loads)
+    return StreamGradients(grads, metrics, seen.loads)
 
 
 OBJECTIVES = {"mdlm": mdlm, "dparallel": dparallel, "uniform": uniform, "oput": oput}

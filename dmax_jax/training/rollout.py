@@ -39,7 +39,7 @@ def take_predictions(noisy: Noisy, drawn_BT, confidence_BT, masked_BT, keys_B, p
 
 def first_input(tokens_BT: jax.Array, problem: Problem) -> Noisy:
     """Hard inputs, in the form in which a rollout returns its own."""
-    soft = problem.objective.kind == "oput" and problem.objective.rollout_embedding == "soft"
+    soft = problem.objective.rollout_embedding == "soft"
     return Noisy(tokens_BT, jnp.zeros(tokens_BT.shape, jnp.float32) if soft else None)
 
 

@@ -33,10 +33,10 @@ def describe_run(run: RunConfig, model: ModelConfig, tokenizer_dir: pathlib.Path
 def refuse_other_run(run: RunConfig, workdir: pathlib.Path) -> None:
     """Raises InputError, naming the field, if the directory's run has other settings."""
     try:
-        old = _flat(json.loads((workdir / "run.json").read_text()))
+        old = flatten(json.loads((workdir / "run.json").read_text()))
     except ValueError as error:
         raise InputError(f"{workdir}/run.json is damaged ({error}); choose another --workdir") from None
-    new = _flat(dataclasses.asdict(run))
+    new = flatten(dataclasses.asdict(run))
     for name in sorted(old.keys() | new.keys()):
         free = any(name == field or name.startswith(field + ".") for field in FREE_FIELDS)
         if not free and old.get(name) != new.get(name):
@@ -46,8 +46,9 @@ def refuse_other_run(run: RunConfig, workdir: pathlib.Path) -> None:
             )
 
 
-def _flat(tree: dict, prefix: str = "") -> dict:
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """A tree of dictionaries as one, with dotted names."""
     flat = {}
     for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

@@ -19,3 +19,8 @@ def test_rows_and_their_gradient(shape, small, monkeypatch):
     expected = np.zeros_like(table, np.float64)
     np.add.at(expected, ids, cotangent)
     np.testing.assert_allclose(pull_back(jnp.asarray(cotangent))[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_constant_id_has_a_gradient_under_jit():
+    found = jax.jit(jax.grad(lambda table: lookup(table, jnp.asarray(3)).sum()))(jnp.ones((5, 2)))
+    assert found.tolist() == [[0, 0]] * 3 + [[1, 1], [0, 0]]

@@ -29,6 +29,8 @@ def test_the_shipped_study_is_whole():
         ({"baseline": "nothing"}, "no row 'nothing'"),
         ({"curves": ("nothing",)}, "no row 'nothing'"),
         ({"tables": (Table(title="", points=(("nothing", 0.5),)),)}, "no row 'nothing'"),
+        ({"tables": (Table(title="", points=(("spd", 0.7),)),)}, "row 'spd' at 0.7, which is none of its thresholds"),
+        ({"settling_threshold": 0.7}, "row 'spd' does not settle at 0.7"),
         ({"trainings": ()}, "'spd' decodes an unknown training 'oput'"),
         ({"trainings": (Training(name="oput", objective=ObjectiveConfig()),) * 2}, "two trainings are called 'oput'"),
     ],
@@ -44,19 +46,15 @@ def test_two_rows_of_one_name_are_refused():
         dataclasses.replace(study, rows=study.rows + study.rows[:1])
 
 
+@pytest.mark.parametrize(("field", "value"), [("data", "onw"), ("seeds", 0)])
+def test_a_training_of_nonsense_is_refused(field, value):
+    with pytest.raises(InputError, match=f"training 'x' has {field}="):
+        Training(**{"name": "x", "objective": ObjectiveConfig(), field: value})
+
+
 def test_a_row_without_thresholds_is_refused():
     with pytest.raises(InputError, match="row 'x' has no thresholds"):
         Row(name="x", label="x", training="", policy=SpdPolicy(), thresholds=())
-
-
-def test_a_part_of_a_study_keeps_what_its_rows_need():
-    part = make_study().only(["base"])
-    assert [row.name for row in part.rows] == ["base"]
-    assert part.trainings == part.tables == ()
-    assert (part.curves, part.reference) == (("base",), "base")
-    assert make_study().only(["spd"]).baseline == "spd"
-    with pytest.raises(InputError, match="--rows=x: the study has no such row, only base, spd"):
-        make_study().only(["x"])
 
 
 def test_a_file_that_is_no_study(tmp_path):

@@ -1,4 +1,5 @@
 import csv
+import importlib.util
 import json
 
 import pytest
@@ -47,10 +48,8 @@ def test_a_part_of_the_records_gives_a_report(tmp_path):
     assert "| base |" not in files[2].read_text()
 
 
-def test_without_matplotlib_the_other_files_are_there(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    study = make_study()
-    with pytest.raises(InputError, match="the plots need matplotlib"):
-        write_report(study, make_records(study), tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["points.csv", "study.json", "tables.md"]
-    assert plots.COLOURS
+def test_matplotlib_is_asked_for_by_name(monkeypatch):
+    plots.require_matplotlib()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="need matplotlib: pip install"):
+        plots.require_matplotlib()

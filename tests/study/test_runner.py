@@ -5,6 +5,9 @@ import time
 
 import pytest
 
+from dmax_jax.data.examples import read_rows
+from dmax_jax.data.shards import matching_files
+from dmax_jax.data.stories import story
 from dmax_jax.errors import InputError
 from dmax_jax.study import runner
 from dmax_jax.study.runner import Piece, read_points, run_study, try_lock, work_through
@@ -55,16 +58,16 @@ def test_a_second_start_does_nothing_and_a_missing_file_is_measured_again(done, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"samples": 4}, "samples=3, the study has 4"),
-        ({"gen_length": 64}, "gen_length=32, the study has 64"),
-        ({"trainings": ()}, None),
+        ({"samples": 4}, " samples=3, the study has 4"),
+        ({"gen_length": 64}, " gen_length=32, the study has 64"),
+        ({"steps": 9}, " training.steps=None, the study has 9"),
+        ({"answers": 5}, r" training.answers.questions=4, the study has 5"),
     ],
 )
 def test_figures_of_another_plan_are_refused(done, changes, message):
     study, workdir = done
-    if message is None:
-        training = dataclasses.replace(study.trainings[0], steps=9)
-        changes, message = {"trainings": (training,)}, "training="
+    if "steps" in changes:
+        changes = {"trainings": (dataclasses.replace(study.trainings[0], **changes),)}
     with pytest.raises(InputError, match=message):
         run_study(dataclasses.replace(study, **changes), workdir)
 
@@ -80,18 +83,64 @@ def test_a_damaged_file_is_named(done, tmp_path):
 def test_an_interrupted_training_ends_the_study_without_figures(done, tmp_path, monkeypatch):
     study, _ = done
     monkeypatch.setattr(runner, "train", lambda *_: False)
-    assert not run_study(study.only(["spd"]), tmp_path)
+    assert not run_study(study, tmp_path, ["spd"])
     assert read_points(study, tmp_path) == {}
 
 
-def test_the_bases_own_answers_are_the_data(done, tmp_path, monkeypatch):
+def test_only_the_rows_that_are_asked_for_are_run(done, tmp_path):
     study, _ = done
-    own = dataclasses.replace(study.trainings[0], data="own", seeds=1)
-    seen = []
-    monkeypatch.setattr(runner, "train", lambda run, *_: seen.append(run))
-    assert not run_study(dataclasses.replace(study.only(["spd"]), trainings=(own,)), tmp_path)
-    assert seen[0].data.path == f"{tmp_path}/answers-*-of-00008.jsonl"
-    assert len(list(tmp_path.glob("answers-*.jsonl"))) == 8
+    assert run_study(study, tmp_path, ["base"])
+    assert list(read_points(study, tmp_path)) == ["base"]
+    assert not (tmp_path / "task_answers.jsonl").exists()
+    with pytest.raises(InputError, match="--rows=x: the study has no such row, only base, spd"):
+        run_study(study, tmp_path, ["x"])
+
+
+def test_answers_of_another_plan_are_refused(done, tmp_path, monkeypatch):
+    study, _ = done
+    monkeypatch.setattr(runner, "train", lambda *_: False)
+    run_study(study, tmp_path)
+    (tmp_path / "points/base-0.json").unlink()
+    with pytest.raises(InputError, match=r"answers.plan.json was made with questions=4, the study has 5"):
+        run_study(dataclasses.replace(study, answers=5), tmp_path)
+
+
+def test_both_kinds_of_answers_are_to_the_same_questions(done, tmp_path, monkeypatch):
+    study, _ = done
+    own = dataclasses.replace(study.trainings[0], name="own", data="own", seeds=1)
+    row = dataclasses.replace(study.rows[1], name="own", training="own")
+    fields = {"trainings": (*study.trainings, own), "rows": (*study.rows, row), "answers": 4, "answers_batch": 2}
+    study = dataclasses.replace(study, **fields)
+    seen, asked = {}, []
+    monkeypatch.setattr(runner, "train", lambda run, directory, _: seen.update({directory.name: run}))
+
+    def write(model, rows, policy, settings, output, *, shard, **_):
+        asked.extend(rows[index]["question"] for index in shard.part(len(rows), settings.batch_size))
+        shard.path(output).write_text("{}")
+
+    monkeypatch.setattr(runner, "write_trajectories", write)
+    workdir = tmp_path / "runs[1]"  # no pattern
+    assert not run_study(study, workdir, ["own"])
+    assert not run_study(study, workdir, ["spd"])
+    files = {name: matching_files(run.data.path) for name, run in seen.items()}
+    assert [file.name for file in files["own-0"]] == ["answers-00000-of-00002.jsonl", "answers-00001-of-00002.jsonl"]
+    rows = [row for file in files["oput-0"] for row in read_rows(file)]
+    assert [row["question"] for row in rows] == asked
+    assert rows == [story(1, index, "train") for index in range(4)]
+
+
+def test_what_fails_is_told_and_keeps_nothing_else_from_being_done(tmp_path, capsys):
+    def fail() -> None:
+        raise InputError("it diverged")
+
+    def piece(name: str, work) -> Piece:
+        return Piece(tmp_path / name, tmp_path / f"{name}.lock", work)
+
+    pieces = [piece("a", fail), piece("b", (tmp_path / "b").touch)]
+    with pytest.raises(InputError, match="it diverged"):
+        work_through(pieces)
+    assert (tmp_path / "b").exists()
+    assert "a.lock: it diverged" in capsys.readouterr().err
 
 
 def test_one_process_holds_a_lock(tmp_path):

@@ -172,6 +172,26 @@ def test_joint_gradients_are_the_sum_of_two_losses(params, case, steps):
     assert 0 < right[chosen].mean() < 1
 
 
+def test_soft_rollouts_carry_no_gradient(params, case):
+    """The gradients are those of the two losses on inputs that were rolled out before, mixed embeddings included."""
+    problem = make_problem(rollout_embedding="soft", rollout_promotion="prefix", rollout_steps=2)
+    found = total(params, case.batch, case.masked, case.rate, case.keys, problem=problem)
+    predicted = rolled(params, case.masked_inputs, case.batch, case.masked, case.keys, problem=problem, steps=2)
+    assert (predicted.confidence_BT > 0).any()
+    loss_of = functools.partial(gradients, params, batch=case.batch, weights=case.weights, keys=case.keys)
+    (first_loss, _), first_grads = loss_of(inputs=case.masked_inputs, problem=PROBLEM)
+    (second_loss, _), second_grads = loss_of(inputs=predicted, problem=PROBLEM)
+    assert_close_trees(found.grads, jax.tree.map(jnp.add, first_grads, second_grads), 1e-5)
+    np.testing.assert_allclose(found.metrics["loss"].value, first_loss + second_loss, rtol=1e-6)
+
+
+def test_a_hard_token_of_zeros_has_gradients_beside_soft_ones(params, case):
+    table = params.embed.at[int(case.batch.tokens_BT[0, 0])].set(0)  # a prompt's token
+    problem = make_problem(rollout_embedding="soft")
+    found = total(params.replace(embed=table), case.batch, case.masked, case.rate, case.keys, problem=problem)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found.grads))
+
+
 def test_alternating_gradients_are_those_of_one_loss_per_row(params, case):
     batch = case.batch
     problem = make_problem(schedule="alternating", rollout_steps=2)
@@ -410,9 +430,8 @@ def test_noise_follows_from_key_and_batch(params, case):
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_gradients_are_float32_whatever_the_computation_is_in(params, case, kind):
-    found = jax.eval_shape(
-        lambda p: objective_gradients(p, case.batch, KEY, make_problem("bfloat16", kind=kind, certainty=2.0)), params
-    )
+    problem = make_problem("bfloat16", kind=kind, certainty=2.0 if kind in ("oput", "dparallel") else 0.0)
+    found = jax.eval_shape(lambda p: objective_gradients(p, case.batch, KEY, problem), params)
     assert jax.tree.map(lambda leaf: leaf.shape, found.grads) == jax.tree.map(lambda leaf: leaf.shape, params)
     assert {leaf.dtype for leaf in jax.tree.leaves((found.grads, found.metrics))} == {jnp.dtype(jnp.float32)}
 
