@@ -40,17 +40,19 @@ def two_streams(q, k, v, *, block_length, runs):
     return jnp.concatenate([attend(noisy_q, (noisy_k, noisy_v), clean), attend(clean_q, clean, clean)], axis=1)
 
 
-@pytest.mark.parametrize("runs", [1, 2, 3, 8])
-@pytest.mark.parametrize(("blocks", "block_length"), [(1, 4), (5, 3), (6, 2)])
+@pytest.mark.parametrize(("blocks", "block_length", "runs"), [(1, 4, 3), (5, 3, 1), (5, 3, 2), (5, 3, 8), (6, 2, 3)])
 def test_blocks_equal_the_masked_attention_in_values_and_gradients(blocks, block_length, runs):
     length = blocks * block_length
     q, k, v, cotangent = inputs(length)
     dense = functools.partial(masked_attention, mask_BTS=two_stream_mask(length, block_length))
     split = functools.partial(two_streams, block_length=block_length, runs=runs)
-    out, gradients = jax.vjp(split, q, k, v)
-    expected, expected_gradients = jax.vjp(dense, q, k, v)
-    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
-    for found, wanted in zip(gradients(cotangent), expected_gradients(cotangent), strict=True):
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both_ways(attention):
+        out, pull_back = jax.vjp(attention, q, k, v)
+        return out, *pull_back(cotangent)
+
+    for found, wanted in zip(both_ways(split), both_ways(dense), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
