@@ -10,8 +10,17 @@ from absl import flags
 from dmax_jax.errors import InputError
 
 
-def run(main: Callable[[], None], flag_values: flags.FlagValues, doc: str, argv: Sequence[str] | None = None) -> None:
+def run(
+    main: Callable[[], None],
+    flag_values: flags.FlagValues,
+    doc: str,
+    argv: Sequence[str] | None = None,
+    *,
+    verbs: Sequence[str] = (),
+) -> None:
     """Parses `argv` (default: the process's own) into `flag_values`, then calls `main`.
+
+    Where a command does several things, `verbs` are the words of which the first argument must be one.
 
     Raises SystemExit(2) after one line on stderr for bad flags, InputError and OSError, SystemExit(130) after Ctrl-C.
     Flags live in a FlagValues of their own per command, so that several commands can be imported into one process.
@@ -22,6 +31,8 @@ def run(main: Callable[[], None], flag_values: flags.FlagValues, doc: str, argv:
         print(f"{inspect.cleandoc(doc)}\n\nFlags:\n{described}")
         return
     try:
+        if verbs and (len(argv) < 2 or argv.pop(1) not in verbs):
+            raise InputError(f"the first argument says what to do: {' or '.join(verbs)} (see --help)")
         flag_values.unparse_flags()
         for name in flag_values:
             flag_values[name].unparse()

@@ -86,6 +86,10 @@ class DecodingFlags:
             "the paper's Eq. 10.", flag_values=values,
         )  # fmt: skip
         flags.DEFINE_enum("stop", "either", list(STOP_RULES), "spd: when a block is done.", flag_values=values)
+        flags.DEFINE_integer(
+            "max_steps", None, "Forwards after which a block is left, settled or not; default and most: its length.",
+            flag_values=values,
+        )  # fmt: skip
         flags.DEFINE_float("temperature", 0.0, "0 takes the best token, above 0 samples.", flag_values=values)
         flags.DEFINE_integer("seed", 0, "Seed of sampling.", flag_values=values)
         flags.DEFINE_integer("gen_length", gen_length, "Answer tokens, rounded up to whole blocks.", flag_values=values)

@@ -13,9 +13,9 @@ MODEL = {"model", "sharding", "kernels"} | FOUNDATION
 LIBRARIES = {"training", "decoding", "checkpoint", "data", "evaluation"} | MODEL
 SHARED_BY_COMMANDS = {
     "command", "decoding_flags", "compilation_cache", "output_file", "assets", "trajectories", "answer_journal",
-    "study",
+    "study", "measuring",
 }  # fmt: skip
-COMMANDS = {"train", "decode", "evaluate", "generate_trajectories", "train_tokenizer"}
+COMMANDS = {"train", "decode", "evaluate", "generate_trajectories", "train_tokenizer", "benchmark"}
 # Every module or package of dmax_jax, and what else of dmax_jax it may import. Nothing may import a command.
 ALLOWED = {
     "errors": set(),

@@ -45,9 +45,10 @@ class Generation:
     total_B: jax.Array  # length of each row: its prompt and answer in whole blocks
     forwards_B: jax.Array  # forwards over blocks; the prefill is not counted
     trace: Trace | None
+    active_experts: jax.Array | None  # per sparse layer: experts that a forward ran, summed over the forwards
 
 
-@functools.partial(jax.jit, static_argnames=("geometry", "config", "trace"))
+@functools.partial(jax.jit, static_argnames=("geometry", "config", "trace", "count_experts"))
 def generate(
     params: Params,
     prompt_BP: jax.Array,
@@ -61,6 +62,7 @@ def generate(
     mask_id: int | jax.Array,
     eos_id: int | jax.Array,
     trace: bool = False,
+    count_experts: bool = False,
 ) -> Generation:
     """Decodes every row's answer of `gen_length` tokens, rounded up to whole blocks (paper, section 3.3).
 
@@ -85,8 +87,11 @@ def generate(
         )
 
     rows = prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, mask_id, trace)
+    if count_experts:
+        sparse_layers = config.num_hidden_layers - config.first_k_dense_replace
+        rows = rows.replace(active_experts=jnp.zeros(sparse_layers, jnp.int32))
     rows = jax.lax.while_loop(unfinished, refine_until_one_leaves, rows)
-    return Generation(rows.tokens_BT, rows.end_B, rows.forwards_B, rows.trace)
+    return Generation(rows.tokens_BT, rows.end_B, rows.forwards_B, rows.trace, rows.active_experts)
 
 
 def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, mask_id, trace) -> Rows:
@@ -141,6 +146,9 @@ def forward_blocks(params: Params, rows: Rows, config: ModelConfig, *, commit: b
     else:
         mask_BTS = jnp.concatenate([mask_BTS, ones_BWW], axis=2)
     out = transformer(params, x_BTD, positions_BT, mask_BTS, config, cache=rows.cache)
+    if rows.active_experts is not None:
+        active = jnp.asarray([jnp.sum(load_E > 0) for load_E in out.loads], jnp.int32)
+        rows = rows.replace(active_experts=rows.active_experts + active)
     if commit:
         finished = jax.tree.map(lambda new: new[:, :W], out.kv)
         rows = rows.replace(cache=write_cache(rows.cache, finished, cached_B, pending_B))
@@ -148,11 +156,13 @@ def forward_blocks(params: Params, rows: Rows, config: ModelConfig, *, commit: b
 
 
 def decode_step(rows: Rows, logits_BWV, keys_B, embed_tokens, policy: Policy, mask_id: int, eos_id: int) -> Rows:
-    """One step of the policy on every row's block; a block is left when it has stopped or after W forwards."""
+    """One step of the policy on every row's block; a block is left when it has stopped or has had all its forwards."""
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, rows.forwards_B)
     block = STEPS[type(policy)](rows.block, logits_BWV, step_keys_B, embed_tokens, policy, mask_id)
     block = block.replace(step_B=block.step_B + 1)
-    left_B = block.stopped_B | (block.step_B >= block.tokens_BW.shape[1])
+    W = block.tokens_BW.shape[1]
+    most = W if policy.max_steps is None else jnp.minimum(W, policy.max_steps)
+    left_B = block.stopped_B | (block.step_B >= most)
     if policy.fill_leftover_masks:
         block = fill_leftover_masks(block, left_B, logits_BWV, mask_id)
     return leave_blocks(rows, block, left_B, embed_tokens, mask_id, eos_id)

@@ -8,7 +8,7 @@ from flax import struct
 from dmax_jax.errors import InputError
 
 EMBEDDINGS = ("soft", "unnormalised", "hard")
-STOP_RULES = ("either", "consistency", "confidence")
+STOP_RULES = ("either", "consistency", "confidence", "never")
 
 
 def _within_unit(name: str, value: float) -> None:
@@ -24,14 +24,18 @@ class Policy:
     confidence is its probability at temperature 1.
     fill_leftover_masks: positions still masked when their block ends get their best non-mask token. The official code
     leaves the mask tokens in the output.
+    max_steps: forwards after which a block is left whether it has stopped or not; its length is the most in any case.
     """
 
+    max_steps: int | None = None
     temperature: float = struct.field(default=0.0, pytree_node=False)
     fill_leftover_masks: bool = struct.field(default=True, pytree_node=False)
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
             raise InputError(f"temperature={self.temperature} must be a number of at least 0")
+        if isinstance(self.max_steps, int) and self.max_steps < 1:
+            raise InputError(f"max_steps={self.max_steps} must be at least 1")
 
 
 @struct.dataclass
@@ -45,7 +49,7 @@ class SpdPolicy(Policy):
     accept_threshold: float = 0.9
     contiguous_prefix: bool = struct.field(default=True, pytree_node=False)  # off: promote wherever tau is reached
     embedding: str = struct.field(default="soft", pytree_node=False)  # soft | unnormalised (Eq. 9 alone) | hard
-    stop: str = struct.field(default="either", pytree_node=False)  # either | consistency | confidence
+    stop: str = struct.field(default="either", pytree_node=False)  # either | consistency | confidence | never
 
     def __post_init__(self):
         super().__post_init__()

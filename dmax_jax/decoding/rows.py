@@ -36,6 +36,7 @@ class Rows:
     done_B: jax.Array
     cache: KVCache
     trace: Trace | None
+    active_experts: jax.Array | None = None  # per sparse layer: experts that a forward ran, summed over the forwards
 
 
 def slice_rows(tokens_BT: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
@@ -71,19 +72,18 @@ def leave_blocks(rows: Rows, block: Block, left_B: jax.Array, embed, mask_id: in
     written_BT = jnp.where(ended_B[:, None] & (at_BT >= W), eos_id, written_BT)
     last_B = ended_B | (rows.start_B + W >= rows.end_B)
 
+    bare = rows.replace(cache=(), trace=None, active_experts=None)
     next_B = jnp.where(last_B, rows.start_B, rows.start_B + W)
     fresh = enter_block(slice_rows(written_BT, next_B, W), embed, mask_id, block.credit_BWV)
-    left = rows.replace(
+    left = bare.replace(
         tokens_BT=written_BT,
         block=freeze(last_B, old=block, new=fresh),
         start_B=next_B,
         uncached_B=~last_B,
         done_B=last_B,
-        cache=(),
-        trace=None,
     )
-    stayed = rows.replace(block=block, uncached_B=jnp.zeros_like(rows.done_B), cache=(), trace=None)
+    stayed = bare.replace(block=block, uncached_B=jnp.zeros_like(rows.done_B))
     moved = freeze(left_B, old=left, new=stayed).replace(forwards_B=rows.forwards_B + 1)
-    frozen = freeze(rows.done_B, old=rows.replace(cache=(), trace=None), new=moved)
+    frozen = freeze(rows.done_B, old=bare, new=moved)
     trace = None if rows.trace is None else record(rows, block)
-    return frozen.replace(cache=rows.cache, trace=trace)
+    return frozen.replace(cache=rows.cache, trace=trace, active_experts=rows.active_experts)

@@ -24,7 +24,12 @@ def spd_step(block: Block, logits_BWV: jax.Array, keys_B: jax.Array, embed, poli
 
     accepted_B = jnp.all((confidence_BW >= policy.accept_threshold) | ~block.active_BW, axis=-1)
     consistent_B = ~jnp.any(changed_BW, axis=-1)
-    rules = {"either": accepted_B | consistent_B, "consistency": consistent_B, "confidence": accepted_B}
+    rules = {
+        "either": accepted_B | consistent_B,
+        "consistency": consistent_B,
+        "confidence": accepted_B,
+        "never": jnp.zeros_like(accepted_B),
+    }
     embeddings_BWD = embed(tokens_BW)
     if policy.embedding != "hard":
         soft_BW = block.active_BW & (tokens_BW != mask_id)

@@ -138,14 +138,17 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, rules: Ru
 def init_params(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
     """Random initial values: normal matrices of standard deviation `initializer_range`, unit norms, zero biases."""
     specs, tree = jax.tree.flatten(param_specs(config))
+    keys = [jax.random.fold_in(key, index) for index in range(len(specs))]
+    values = [initial_value(*pair, config.initializer_range, dtype) for pair in zip(keys, specs, strict=True)]
+    return jax.tree.unflatten(tree, values)
 
-    def value(index: int, spec: ParamSpec) -> jax.Array:
-        kind = spec.dtype or dtype
-        if spec.init == "normal":
-            return config.initializer_range * jax.random.normal(jax.random.fold_in(key, index), spec.shape, kind)
-        return jnp.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], kind)
 
-    return jax.tree.unflatten(tree, [value(index, spec) for index, spec in enumerate(specs)])
+def initial_value(key: jax.Array, spec: ParamSpec, deviation: float, dtype: jnp.dtype) -> jax.Array:
+    """One parameter's initial values; `deviation` is that of normal ones."""
+    dtype = spec.dtype or dtype
+    if spec.init == "normal":
+        return deviation * jax.random.normal(key, spec.shape, dtype)
+    return jnp.full(spec.shape, {"ones": 1, "zeros": 0}[spec.init], dtype)
 
 
 def cast_params(params: Params, dtype: jnp.dtype) -> Params:

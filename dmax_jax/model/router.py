@@ -11,13 +11,15 @@ def route(x_MD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, config: Mode
     """Returns each row's expert ids [M, X] and their weights [M, X] in float32.
 
     The bias steers the choice alone: groups are ranked by the sum of their two best biased scores, experts are taken
-    from the best groups, and the weights are the unbiased scores, normalised and scaled.
+    from the best groups, and the weights are the unbiased scores, normalised and scaled. It may be an array [>= M, E],
+    a bias of its own for every row.
     """
     scores_ME = jax.nn.sigmoid(
         jnp.dot(x_MD.astype(jnp.float32), router_ED.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
     )
     M, E = scores_ME.shape
-    biased_MGE = (scores_ME + bias_E[None, :]).reshape(M, config.n_group, E // config.n_group)
+    bias_ME = bias_E[None] if bias_E.ndim == 1 else bias_E[:M]
+    biased_MGE = (scores_ME + bias_ME).reshape(M, config.n_group, E // config.n_group)
     group_score_MG = _sum_of_two_best(biased_MGE)
     groups = top_k_ids(group_score_MG, config.topk_group)
     kept_MG = jax.nn.one_hot(groups, config.n_group, dtype=bool).any(axis=1)

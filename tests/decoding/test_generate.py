@@ -161,3 +161,14 @@ def test_bfloat16_weights_decode_and_neighbours_change_nothing(params):
     reversed_order = [outcome(answer) for answer in decode(narrow, POLICIES["spd"], PROMPTS[2::-1])]
     assert reversed_order[::-1] == expected
     assert all(MASK not in tokens for tokens, _, _ in expected)
+
+
+@pytest.mark.parametrize("name", ["spd", "threshold"])
+def test_a_block_gets_no_more_forwards_than_allowed_and_no_mask_stays(params, name):
+    slow = POLICIES[name].replace(threshold=1.0)
+    answers, limited = decode(params, slow), decode(params, slow.replace(max_steps=2))
+    assert max(step.step for answer in answers for step in answer.trace) == WIDTH - 1
+    assert {step.step for answer in limited for step in answer.trace} == {0, 1}
+    assert all(MASK not in answer.token_ids for answer in limited)
+    unlimited = decode(params, slow.replace(max_steps=WIDTH + 5))
+    assert [answer.token_ids for answer in unlimited] == [answer.token_ids for answer in answers]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.decoding.block import Block, predict_tokens
-from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, SpdPolicy, ThresholdPolicy
+from dmax_jax.decoding.policies import STOP_RULES, CreditPolicy, HierarchicalPolicy, SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding.spd import spd_step
 from dmax_jax.errors import InputError
 from tests.conftest import GOLDEN
@@ -79,7 +79,7 @@ def test_embedding_variants_differ_in_length_and_mix_alone():
 )
 def test_stop_rules(tokens, confidences, stops):
     block = make_block([3, 4], active=[True, True])
-    for rule in ("either", "consistency", "confidence"):
+    for rule in STOP_RULES:  # "never" is in no set
         after = step(block, make_logits(tokens, confidences), SpdPolicy(stop=rule))
         assert bool(after.stopped_B[0]) == (rule in stops), rule
         np.testing.assert_allclose(after.confidence_BW[0], confidences, rtol=1e-5)
@@ -175,6 +175,8 @@ def test_senseless_policies_are_refused_by_name_and_number(policy):
     for value in (-1.0, float("inf"), float("nan")):
         with pytest.raises(InputError, match=f"temperature={value}"):
             policy(temperature=value)
+    with pytest.raises(InputError, match="max_steps=0 must be at least 1"):
+        policy(max_steps=0)
     for name in ("stop", "embedding"):
         with pytest.raises(InputError, match=f"{name}='none'"):
             SpdPolicy(**{name: "none"})

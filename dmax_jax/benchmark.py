@@ -1,0 +1,156 @@
+"""Measures how fast a model decodes, against what the devices' memory would allow.
+
+  python -m dmax_jax.benchmark decode --config=configs/llada2_mini.py
+  python -m dmax_jax.benchmark decode --checkpoint=DIR --batch_size=8 --context=1024 --output=FILE.json
+
+Runs the generate loop of `decode` (soft parallel decoding) on random prompts, with a fixed number of forwards per
+block, on a checkpoint or on random weights of a configuration's model. After a warm-up it prints the median time of a
+forward, how many experts a forward runs, the bytes it has to read, and the time that reading them takes at the
+bandwidth measured in the same process: the limit. --routing=uniform sends every row to experts of its own choice, as in
+a model whose experts are balanced; random weights alone would make similar rows share theirs.
+
+The first block and the prefill are timed apart. Compilation is not part of any time but its own.
+"""
+
+import dataclasses
+import time
+
+import jax
+from absl import flags
+
+from dmax_jax import command
+from dmax_jax.assets import checkpoint_directory
+from dmax_jax.checkpoint.layout import load_checkpoint
+from dmax_jax.compilation_cache import use_compilation_cache
+from dmax_jax.config import ModelConfig, load_config
+from dmax_jax.decoding_flags import parse_mesh
+from dmax_jax.errors import InputError
+from dmax_jax.measuring.bandwidth import read_bandwidth
+from dmax_jax.measuring.decoding import DecodeProblem, compile_decoding, required_bytes, time_decoding
+from dmax_jax.measuring.weights import random_params, route_uniformly
+from dmax_jax.model.params import Params, count_params
+from dmax_jax.output_file import prepare_output, write_json
+from dmax_jax.sharding import Mesh, make_mesh
+
+FLAGS = flags.FlagValues()
+CONFIG = flags.DEFINE_string("config", None, "File whose model gets random weights.", flag_values=FLAGS)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights to use instead, as for decode.", flag_values=FLAGS)
+for field in dataclasses.fields(DecodeProblem):
+    flags.DEFINE_integer(
+        field.name,
+        field.default,
+        {
+            "batch_size": "Rows decoded together.",
+            "block_length": "Positions of a block.",
+            "context": "Positions of the prompt: whole blocks.",
+            "blocks": "Blocks whose forwards are timed.",
+            "steps_per_block": "Forwards of every block.",
+            "repeats": "How often everything is timed.",
+        }[field.name],
+        flag_values=FLAGS,
+    )
+DTYPE = flags.DEFINE_enum(
+    "dtype", "bfloat16", ["float32", "bfloat16"], "Of weights and computation.", flag_values=FLAGS
+)
+ROUTING = flags.DEFINE_enum(
+    "routing", "uniform", ["uniform", "model"], "Which experts rows go to: any, or those the router says.",
+    flag_values=FLAGS,
+)  # fmt: skip
+MESH = flags.DEFINE_string("mesh", "tensor:1", "Devices per axis, such as tensor:2.", flag_values=FLAGS)
+TPF = flags.DEFINE_float(
+    "tpf", 6.2, "Tokens per forward that tokens per second are told for; default: the paper's mean.",
+    lower_bound=0.0, flag_values=FLAGS,
+)  # fmt: skip
+SEED = flags.DEFINE_integer("seed", 0, "Of weights and routing.", lower_bound=0, flag_values=FLAGS)
+BANDWIDTH_BYTES = flags.DEFINE_integer(
+    "bandwidth_bytes", 2**33, "Bytes per device that are read to measure the bandwidth.", lower_bound=4,
+    flag_values=FLAGS,
+)  # fmt: skip
+PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of one more run.", flag_values=FLAGS)
+OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", flag_values=FLAGS)
+
+
+def main() -> None:
+    problem = DecodeProblem(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(DecodeProblem)})
+    if bool(CONFIG.value) == bool(CHECKPOINT.value):
+        raise InputError("give either --config (random weights) or --checkpoint")
+    output = prepare_output(OUTPUT.value) if OUTPUT.value else None
+    mesh = make_mesh(parse_mesh(MESH.value))
+    use_compilation_cache()
+    start = time.perf_counter()
+    config, params = load_model(mesh)
+    jax.block_until_ready(params)
+    weights_seconds = time.perf_counter() - start
+    routed = params
+    if ROUTING.value == "uniform":
+        rows = problem.batch_size * max(problem.context, 2 * problem.block_length)
+        routed = route_uniformly(params, rows, jax.random.key(SEED.value + 1))
+    bandwidth = read_bandwidth(mesh, BANDWIDTH_BYTES.value)
+    times = time_decoding(routed, config, problem)
+    needed = required_bytes(params, config, problem, times.active_experts)
+    if PROFILE.value:
+        run = compile_decoding(routed, config, problem)
+        with jax.profiler.trace(PROFILE.value):
+            jax.block_until_ready(run(1 + problem.blocks))
+    limit_ms = 1e3 * needed.total / bandwidth
+    record = {
+        **{flag.name: flag.value for flag in (CONFIG, CHECKPOINT, DTYPE, ROUTING, MESH, SEED)},
+        **dataclasses.asdict(problem),
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.devices.size,
+        "jax": jax.__version__,
+        "parameters": count_params(config),
+        "weights_seconds": weights_seconds,
+        "mean_context": problem.mean_context,
+        **dataclasses.asdict(times),
+        "required_bytes": dataclasses.asdict(needed) | {"total": needed.total},
+        "bandwidth": bandwidth,
+        "limit_ms": limit_ms,
+        "fraction_of_limit": limit_ms / times.ms_per_forward,
+        "tpf": TPF.value,
+        "tps": 1e3 * TPF.value * problem.batch_size / times.ms_per_forward,
+    }
+    if output:
+        write_json(output, record, indent=1)
+    print(table(record))
+
+
+def load_model(mesh: Mesh) -> tuple[ModelConfig, Params]:
+    """The model of the flags on the mesh."""
+    if CHECKPOINT.value:
+        return load_checkpoint(checkpoint_directory(CHECKPOINT.value), DTYPE.value, mesh)
+    config = load_config(CONFIG.value).model
+    if config is None:
+        raise InputError(f"--config={CONFIG.value}: the run starts from a checkpoint; give that with --checkpoint")
+    return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh)
+
+
+def table(record: dict) -> str:
+    """The record for a reader, one figure a line."""
+    active, required = record["active_experts"], record["required_bytes"]
+    rows = {
+        "model": f"{record['parameters']:,} parameters, {record['dtype']}, {record['routing']} routing",
+        "devices": f"{record['devices']} x {record['device']}, jax {record['jax']}",
+        "problem": f"{record['batch_size']} x {record['block_length']} positions per forward after "
+        f"{record['mean_context']:.0f} positions, {record['steps_per_block']} forwards per block",
+        "forward": f"{record['ms_per_forward']:.3f} ms (median of {record['repeats']}, slowest "
+        f"{record['slowest_ms_per_forward']:.3f})",
+        "limit": f"{record['limit_ms']:.3f} ms: {required['total'] / 1e9:.3f} GB at {record['bandwidth'] / 1e12:.3f} "
+        f"TB/s; reached {100 * record['fraction_of_limit']:.1f} %",
+        "reads": ", ".join(f"{name} {required[name] / 1e9:.3f}" for name in required if name != "total") + " GB",
+        "active experts": f"{sum(active) / len(active):.1f} per sparse layer ({min(active):.1f} to {max(active):.1f})"
+        if active
+        else "none: no layer is sparse",
+        "tokens/s": f"{record['tps']:.0f} at {record['tpf']:g} tokens per forward and row, prefill excluded",
+        "prefill": f"{record['prefill_ms']:.2f} ms for {record['batch_size']} x {record['context']} positions",
+        "start": f"weights {record['weights_seconds']:.1f} s, compilation {record['compile_seconds']:.1f} s",
+        "peak memory": "not told by this backend"
+        if record["peak_bytes"] is None
+        else f"{record['peak_bytes'] / 1e9:.2f} GB of one device",
+    }
+    width = max(map(len, rows))
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())
+
+
+if __name__ == "__main__":
+    command.run(main, FLAGS, __doc__, verbs=("decode",))

@@ -1,0 +1,1 @@
+"""How fast the project's loops run, and how fast the hardware would let them."""

@@ -1,0 +1,86 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmax_jax.errors import InputError
+from dmax_jax.measuring.decoding import (
+    DecodeProblem,
+    compile_decoding,
+    mean_active_experts,
+    required_bytes,
+    time_decoding,
+)
+from dmax_jax.measuring.weights import route_uniformly
+from dmax_jax.model.router import route
+from tests.models import SMALL, small_model, small_params
+
+PROBLEM = DecodeProblem(batch_size=2, block_length=4, context=8, blocks=3, steps_per_block=2, repeats=2)
+
+
+def with_bias(bias):
+    """The small model whose sparse layers all have this bias of the choice of experts."""
+    params = small_params()
+    layers = [
+        layer.replace(mlp=layer.mlp.replace(expert_bias=jnp.asarray(bias))) if hasattr(layer.mlp, "experts") else layer
+        for layer in params.layers
+    ]
+    return params.replace(layers=tuple(layers))
+
+
+def test_every_block_takes_the_number_of_forwards_that_was_asked_for():
+    run = compile_decoding(small_params(), SMALL, PROBLEM)
+    for blocks in (1, 4):
+        generation = run(blocks)
+        assert generation.forwards_B.tolist() == [2 * blocks] * 2
+        assert generation.total_B.tolist() == [8 + 4 * blocks] * 2
+        assert (generation.tokens_BT[:, : 8 + 4 * blocks] != SMALL.mask_token_id).all()
+
+
+def test_active_experts_are_those_that_some_position_chose():
+    everyone_takes_two = with_bias([9.0, 9.0, 0, 0, 0, 0])
+    assert mean_active_experts(everyone_takes_two, SMALL, PROBLEM) == [2.0]
+    spread = route_uniformly(small_params(), 64, jax.random.key(0))
+    moe = spread.layers[1].mlp
+    ids_MX, _ = route(jnp.zeros((16, SMALL.hidden_size)), moe.router, moe.expert_bias, SMALL)
+    block, with_the_one_before = len(np.unique(ids_MX[:8])), len(np.unique(ids_MX))
+    assert block < with_the_one_before
+    assert mean_active_experts(spread, SMALL, PROBLEM) == [(block + with_the_one_before) / 2]
+
+
+def test_required_bytes_by_hand():
+    D, V, F, E = 32, 48, 16, 6
+    params = small_params()
+    needed = required_bytes(params, SMALL, PROBLEM, [2.5])
+    assert needed.experts == 2.5 * 3 * D * F * 4
+    assert needed.head == V * D * 4
+    attention = (4 + 2 * 2) * 8 * D + D * 4 * 8 + 2 * 8
+    dense, sparse = 3 * D * 48, E * D + E + 3 * D * F
+    assert needed.other_weights == 4 * (2 * (attention + 2 * D) + dense + sparse + D)
+    # Two layers, two rows; timed blocks start at 12, 16 and 20.
+    assert needed.cache == 2 * 2 * 16 * (2 * 2 * 8 * 4)
+    assert needed.total == needed.experts + needed.head + needed.other_weights + needed.cache
+
+
+def test_a_model_without_experts_is_measured_too():
+    dense = small_model(first_k_dense_replace=2)
+    params = small_params().replace(layers=small_params().layers[:1] * 2)
+    times = time_decoding(params, dense, PROBLEM)
+    assert times.active_experts == []
+    assert times.compile_seconds > 0
+    assert required_bytes(params, dense, PROBLEM, []).experts == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"blocks": 0}, "blocks=0 must be at least 1"),
+        ({"steps_per_block": 5}, "a block of 4 has at most as many forwards"),
+        ({"context": 10}, "context=10 is no multiple of block_length=4"),
+    ],
+)
+def test_senseless_problems_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(PROBLEM, **changes)

@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from dmax_jax import benchmark, command
+from tests.conftest import GOLDEN
+
+CONFIG = """
+from dmax_jax.config import DataConfig, RunConfig
+from tests.models import SMALL
+
+def get_config():
+    return RunConfig(model=SMALL, data=DataConfig(path="answers.jsonl"), steps=1, batch_size=1)
+"""
+SIZES = ["--block_length=4", "--context=8", "--blocks=2", "--steps_per_block=2", "--repeats=2"]
+
+
+def run(*arguments):
+    argv = ["benchmark", *arguments, "--bandwidth_bytes=1000000"]
+    command.run(benchmark.main, benchmark.FLAGS, benchmark.__doc__, argv, verbs=("decode",))
+
+
+def test_figures_of_random_weights_on_two_devices(tmp_path, capsys):
+    config, output, profile = tmp_path / "config.py", tmp_path / "figures.json", tmp_path / "profile"
+    config.write_text(CONFIG)
+    run("decode", f"--config={config}", "--mesh=tensor:2", *SIZES, f"--output={output}", f"--profile={profile}")
+    record = json.loads(output.read_text())
+    assert record["devices"] == 2
+    assert record["parameters"] == 24966
+    assert record["active_experts"] == [pytest.approx(5, abs=1)]
+    assert record["limit_ms"] == pytest.approx(1e3 * record["required_bytes"]["total"] / record["bandwidth"])
+    assert record["fraction_of_limit"] == pytest.approx(record["limit_ms"] / record["ms_per_forward"])
+    assert record["tps"] == pytest.approx(6.2e3 / record["ms_per_forward"])
+    assert any(profile.rglob("*.xplane.pb"))
+    printed = capsys.readouterr().out
+    assert f"{record['ms_per_forward']:.3f} ms (median of 2" in printed
+    assert "24,966 parameters, bfloat16, uniform routing" in printed
+
+
+def test_a_checkpoint_with_its_own_routing(capsys):
+    run("decode", f"--checkpoint={GOLDEN / 'tiny' / 'checkpoint'}", "--routing=model", "--dtype=float32", *SIZES)
+    assert "float32, model routing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the first argument says what to do: decode"),
+        (["deocde"], "the first argument says what to do: decode"),
+        (["decode"], "give either --config (random weights) or --checkpoint"),
+        (["decode", "--checkpoint=demo", "--blocks=0"], "blocks=0 must be at least 1"),
+        (["decode", "--checkpoint=demo", "--mesh=tensor:99"], "needs 99 devices; there are 8"),
+        (["decode", "--config=configs/stories_oput.py"], "the run starts from a checkpoint"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(*arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
