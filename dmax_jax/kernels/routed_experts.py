@@ -1,43 +1,51 @@
-"""The routed experts of a layer on a flat list of rows; which implementation runs is decided here."""
+"""The experts of a layer on a flat list of rows; which implementation runs is decided here."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+
+from dmax_jax.kernels.expert_choice import Choice
+from dmax_jax.kernels.hopper import differentiated_as, is_hopper
+from dmax_jax.kernels.streamed_experts import Matrices, can_stream, streamed_experts
 
 # Up to this many experts it is cheapest, on a CPU and on a GPU, to let every expert see every row.
 DENSE_EXPERTS = 8
 
 
 def routed_experts(
-    x_MD: jax.Array,
-    gate_EFD: jax.Array,
-    up_EFD: jax.Array,
-    down_EDF: jax.Array,
-    expert_ids_MX: jax.Array,
-    weights_MX: jax.Array,
+    x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Matrices, *, experts_per_row: int
 ) -> jax.Array:
-    """Sums, for every row, the SwiGLU outputs of its X experts times its routing weights.
+    """Sums, for every row, the SwiGLU outputs of its experts times its weights in them, and that of the shared expert.
 
-    A row's expert ids are distinct. Products are in the dtype of `x_MD`, weights in float32. Returns [M, D].
+    `experts` are gate and up [E, F, D] and down [E, D, F], `shared` the same without E and with a width of its own. A
+    row has a weight in at most `experts_per_row`. Products are in the dtype of `x_MD`. Returns [M, D].
     """
-    implementation = dense_experts if gate_EFD.shape[0] <= DENSE_EXPERTS else ragged_experts
-    return implementation(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX)
+    if experts[0].shape[0] <= DENSE_EXPERTS:
+        return dense_experts(x_MD, choice, experts, shared)
+    plain = functools.partial(ragged_experts, experts_per_row=experts_per_row)
+    if is_hopper() and can_stream(x_MD, experts, shared):
+        return differentiated_as(plain)(streamed_experts)(x_MD, choice, experts, shared)
+    return plain(x_MD, choice, experts, shared)
 
 
-def dense_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) -> jax.Array:
-    """`routed_experts` by two dense products over all experts; the weight of an expert that is not chosen is zero."""
-    M = x_MD.shape[0]
+def dense_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Matrices) -> jax.Array:
+    """`routed_experts` by products over all experts; the weight of an expert that is not chosen is zero."""
+    gate_EFD, up_EFD, down_EDF = experts
     E, F, D = gate_EFD.shape
-    chosen_MXE = jax.nn.one_hot(expert_ids_MX, E, dtype=weights_MX.dtype)
-    weights_ME = jnp.einsum("mxe,mx->me", chosen_MXE, weights_MX)
-    hidden_MEF = jax.nn.silu(x_MD @ gate_EFD.reshape(E * F, D).T) * (x_MD @ up_EFD.reshape(E * F, D).T)
-    hidden_MEF = hidden_MEF.reshape(M, E, F) * weights_ME[:, :, None].astype(x_MD.dtype)
-    return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF)
+    hidden_MEF = _swish(x_MD, gate_EFD.reshape(E * F, D), up_EFD.reshape(E * F, D)).reshape(-1, E, F)
+    hidden_MEF = hidden_MEF * choice.weights_ME[:, :, None].astype(x_MD.dtype)
+    return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF) + _shared_expert(x_MD, shared)
 
 
-def ragged_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) -> jax.Array:
+def ragged_experts(
+    x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Matrices, *, experts_per_row: int
+) -> jax.Array:
     """`routed_experts` by sorting the (row, expert) pairs by expert and one grouped product per matrix."""
-    E, (M, X) = gate_EFD.shape[0], expert_ids_MX.shape
-    ids_P = expert_ids_MX.reshape(-1)  # P = M X pairs
+    gate_EFD, up_EFD, down_EDF = experts
+    (M, E), X = choice.weights_ME.shape, experts_per_row
+    weights_MX, ids_MX = jax.lax.top_k(choice.weights_ME, X)
+    ids_P = ids_MX.reshape(-1)  # P = M X pairs
     order_P = jnp.argsort(ids_P, stable=True)
     rows_P = order_P // X
     sizes_E = jnp.bincount(ids_P, length=E).astype(jnp.int32)
@@ -47,4 +55,13 @@ def ragged_experts(x_MD, gate_EFD, up_EFD, down_EDF, expert_ids_MX, weights_MX) 
     out_PD = jax.lax.ragged_dot(jax.nn.silu(gate_PF) * up_PF, down_EDF.swapaxes(1, 2), sizes_E)
     # Put back in the order of the rows and summed there: a scatter would add in the rounding and order of its own.
     out_MXD = out_PD[jnp.argsort(order_P)].reshape(M, X, -1)
-    return jnp.einsum("mxd,mx->md", out_MXD, weights_MX).astype(x_MD.dtype)
+    return jnp.einsum("mxd,mx->md", out_MXD, weights_MX).astype(x_MD.dtype) + _shared_expert(x_MD, shared)
+
+
+def _swish(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array) -> jax.Array:
+    return jax.nn.silu(x_MD @ gate_FD.T) * (x_MD @ up_FD.T)
+
+
+def _shared_expert(x_MD: jax.Array, shared: Matrices) -> jax.Array:
+    gate_FD, up_FD, down_DF = shared
+    return _swish(x_MD, gate_FD, up_FD) @ down_DF.T

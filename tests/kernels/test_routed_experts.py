@@ -5,70 +5,95 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmax_jax.kernels import routed_experts as module
+from dmax_jax.kernels.expert_choice import Choice, list_active
 from dmax_jax.kernels.routed_experts import DENSE_EXPERTS, dense_experts, ragged_experts, routed_experts
-
-IMPLEMENTATIONS = [dense_experts, ragged_experts]
 
 # rows M, width D, feed-forward F, experts E, chosen X
 SIZES = [(1, 8, 6, 4, 1), (17, 16, 12, 8, 2), (40, 12, 20, 24, 6)]
+SHARED_WIDTH = 10
 
 
-def draw(seed: int, M: int, D: int, F: int, E: int, X: int, among: list[int] | None = None):
-    """Random inputs; the ids of a row are distinct and `among` the given experts (default: all)."""
+def by_all(x, choice, experts, shared, *, experts_per_row):
+    return dense_experts(x, choice, experts, shared)
+
+
+IMPLEMENTATIONS = [by_all, ragged_experts]
+
+
+def draw(seed: int, M: int, D: int, F: int, E: int, X: int, among: list[int] | None = None, shared_width=SHARED_WIDTH):
+    """Random rows, weights, experts and shared expert; a row chooses X `among` the given experts (default: all)."""
     rng = np.random.default_rng(seed)
-    x, gate, up, down = (rng.normal(size=shape) for shape in [(M, D), (E, F, D), (E, F, D), (E, D, F)])
-    among = list(range(E)) if among is None else among
-    ids = np.array([rng.choice(among, X, replace=False) for _ in range(M)], np.int32)
-    weights = rng.uniform(0.1, 2, size=(M, X))
-    return x, gate / D**0.5, up / D**0.5, down / F**0.5, ids, weights
+    x = rng.normal(size=(M, D))
+    experts = [rng.normal(size=shape) / shape[-1] ** 0.5 for shape in [(E, F, D), (E, F, D), (E, D, F)]]
+    S = shared_width
+    shared = [rng.normal(size=shape) / shape[-1] ** 0.5 for shape in [(S, D), (S, D), (D, S)]]
+    weights = np.zeros((M, E))
+    for row in range(M):
+        weights[row, rng.choice(list(range(E)) if among is None else among, X, replace=False)] = rng.uniform(0.1, 2, X)
+    return x, weights, experts, shared
 
 
-def expected_output(x, gate, up, down, ids, weights) -> np.ndarray:
-    """One expert and one row at a time, in float64."""
+def expert_and_gradients(x, matrices, scale):
+    """One expert on one row: its output, and what a gradient of `scale` times the output makes of x and matrices."""
+    gate, up, down = matrices
+    g, u = gate @ x, up @ x
+    sigmoid = 1 / (1 + np.exp(-g))
+    hidden = g * sigmoid * u
+
+    def pull_back(out_gradient):
+        dhidden = scale * out_gradient @ down
+        dg = dhidden * u * sigmoid * (1 + g * (1 - sigmoid))
+        du = dhidden * g * sigmoid
+        return gate.T @ dg + up.T @ du, np.outer(dg, x), np.outer(du, x), np.outer(scale * out_gradient, hidden)
+
+    return down @ hidden, pull_back
+
+
+def expected(x, weights, experts, shared, out_gradient):
+    """Output and gradients, one row and one expert at a time in float64, by the chain rule on paper."""
     out = np.zeros_like(x)
-    for row, experts in enumerate(ids):
-        for expert, weight in zip(experts, weights[row], strict=True):
-            hidden = gate[expert] @ x[row]
-            out[row] += weight * down[expert] @ (hidden / (1 + np.exp(-hidden)) * (up[expert] @ x[row]))
-    return out
+    gradients = jax.tree.map(np.zeros_like, (x, weights, list(experts), list(shared)))
+    dx, dweights, dexperts, dshared = gradients
+    for row in range(len(x)):
+        for expert in [*np.flatnonzero(weights[row]), -1]:
+            matrices = shared if expert == -1 else [array[expert] for array in experts]
+            weight = 1 if expert == -1 else weights[row, expert]
+            value, pull_back = expert_and_gradients(x[row], matrices, weight)
+            out[row] += weight * value
+            own_dx, *own = pull_back(out_gradient[row])
+            dx[row] += own_dx
+            for total, part in zip(
+                dshared if expert == -1 else [array[expert] for array in dexperts], own, strict=True
+            ):
+                total += part
+            if expert != -1:
+                dweights[row, expert] = out_gradient[row] @ value
+    return out, gradients
 
 
-def expected_gradients(x, gate, up, down, ids, weights, out_gradient):
-    """Of sum(output * out_gradient) with respect to x, gate, up, down and weights, by the chain rule on paper."""
-    dx, dgate, dup, ddown, dweights = (np.zeros_like(array) for array in (x, gate, up, down, weights))
-    for row, experts in enumerate(ids):
-        for slot, expert in enumerate(experts):
-            g, u = gate[expert] @ x[row], up[expert] @ x[row]
-            sigmoid = 1 / (1 + np.exp(-g))
-            hidden = g * sigmoid * u
-            dweights[row, slot] = out_gradient[row] @ down[expert] @ hidden
-            scaled = weights[row, slot] * out_gradient[row]
-            ddown[expert] += np.outer(scaled, hidden)
-            dhidden = scaled @ down[expert]
-            dg = dhidden * u * sigmoid * (1 + g * (1 - sigmoid))
-            du = dhidden * g * sigmoid
-            dgate[expert] += np.outer(dg, x[row])
-            dup[expert] += np.outer(du, x[row])
-            dx[row] += gate[expert].T @ dg + up[expert].T @ du
-    return dx, dgate, dup, ddown, dweights
+def as_choice(weights) -> Choice:
+    return Choice(weights, *list_active(jnp.any(weights > 0, axis=0)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def run(implementation, x, gate, up, down, ids, weights, out_gradient):
-    out, pull_back = jax.vjp(lambda x, g, u, d, w: implementation(x, g, u, d, ids, w), x, gate, up, down, weights)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run(implementation, experts_per_row, x, weights, experts, shared, out_gradient):
+    def apply(x, weights, experts, shared):
+        return implementation(x, as_choice(weights), experts, shared, experts_per_row=experts_per_row)
+
+    out, pull_back = jax.vjp(apply, x, weights, experts, shared)
     return out, pull_back(out_gradient)
 
 
-def check(implementation, inputs):
+def check(implementation, inputs, experts_per_row):
     out_gradient = np.random.default_rng(7).normal(size=inputs[0].shape)
-    out, gradients = run(implementation, *map(single, inputs), single(out_gradient))
-    close(out, expected_output(*inputs), 1e-5)
-    for found, expected in zip(gradients, expected_gradients(*inputs, out_gradient), strict=True):
-        close(found, expected, 1e-5)
-
-
-def single(array):
-    return array if array.dtype == np.int32 else jnp.asarray(array, jnp.float32)
+    arguments = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), (*inputs, out_gradient))
+    out, gradients = run(implementation, experts_per_row, *arguments)
+    wanted, wanted_gradients = expected(*inputs, out_gradient)
+    close(out, wanted, 1e-5)
+    chosen = inputs[1] != 0  # the gradients of other weights are of no use to a router
+    gradients = (gradients[0], np.where(chosen, gradients[1], 0), *gradients[2:])
+    jax.tree.map(lambda found, want: close(found, want, 1e-5), gradients, wanted_gradients)
 
 
 def close(found, expected, tolerance):
@@ -79,35 +104,57 @@ def close(found, expected, tolerance):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_values_and_gradients(implementation, size, seed):
-    check(implementation, draw(seed, *size))
+    check(implementation, draw(seed, *size), size[-1])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_experts_without_rows(implementation):
-    check(implementation, draw(2, 17, 16, 12, 8, 2, among=[1, 4, 6]))
+    check(implementation, draw(2, 17, 16, 12, 8, 2, among=[1, 4, 6]), 2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("expert", [0, 3, 7])
 def test_one_expert_with_all_rows(implementation, expert):
-    check(implementation, draw(3, 20, 8, 6, 8, 1, among=[expert]))
+    check(implementation, draw(3, 20, 8, 6, 8, 1, among=[expert]), 1)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_row_with_all_experts(implementation):
-    check(implementation, draw(4, 9, 8, 6, 5, 5))
+    check(implementation, draw(4, 9, 8, 6, 5, 5), 5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_without_experts_has_the_shared_one(implementation):
+    x, weights, experts, shared = draw(5, 6, 8, 6, 5, 2)
+    weights[2] = 0
+    check(implementation, (x, weights, experts, shared), 2)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16_products(implementation):
     inputs = draw(5, 40, 16, 24, 8, 2)
-    x, gate, up, down = (jnp.asarray(array, jnp.bfloat16) for array in inputs[:4])
-    out = jax.jit(implementation)(x, gate, up, down, inputs[4], jnp.asarray(inputs[5], jnp.float32))
+    x, experts, shared = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), (inputs[0], *inputs[2:]))
+    choice = as_choice(jnp.asarray(inputs[1], jnp.float32))
+    out = jax.jit(implementation, static_argnames="experts_per_row")(x, choice, experts, shared, experts_per_row=2)
     assert out.dtype == jnp.bfloat16
-    close(np.asarray(out, np.float64), expected_output(*inputs), 0.02)
+    close(np.asarray(out, np.float64), expected(*inputs, inputs[0])[0], 0.02)
 
 
 @pytest.mark.parametrize("experts", [DENSE_EXPERTS, DENSE_EXPERTS + 1])
 def test_the_choice_of_an_implementation_changes_no_value(experts):
-    inputs = draw(6, 11, 8, 6, experts, 2)
-    close(jax.jit(routed_experts)(*map(single, inputs)), expected_output(*inputs), 1e-5)
+    check(routed_experts, draw(6, 11, 8, 6, experts, 2), 2)
+
+
+def test_a_hopper_gpu_runs_the_kernels_and_differentiates_the_plain_function(monkeypatch):
+    inputs = draw(7, 11, 8, 6, 12, 2)
+    seen = []
+
+    def stand_in(x, choice, experts, shared):
+        seen.append(x.shape)
+        return ragged_experts(x, choice, experts, shared, experts_per_row=2)
+
+    monkeypatch.setattr(module, "is_hopper", lambda: True)
+    monkeypatch.setattr(module, "can_stream", lambda x, experts, shared: True)
+    monkeypatch.setattr(module, "streamed_experts", stand_in)
+    check(functools.partial(routed_experts), inputs, 2)  # a function of its own, which jit has not seen before
+    assert seen

@@ -24,13 +24,12 @@ def test_uniform_routing_spreads_equal_rows_over_all_experts():
     moe = small_params().layers[1].mlp
     spread = route_uniformly(small_params(), 600, jax.random.key(0)).layers[1].mlp
     x_MD = jnp.ones((500, SMALL.hidden_size))
-    ids_MX, weights_MX = route(x_MD, moe.router, moe.expert_bias, SMALL)
-    assert len(np.unique(ids_MX, axis=0)) == 1
-    spread_MX, _ = route(x_MD, spread.router, spread.expert_bias, SMALL)
-    loads = np.bincount(np.ravel(spread_MX), minlength=6)
-    np.testing.assert_allclose(loads, 500 * 2 / 6, rtol=0.25)
-    assert len(np.unique(np.sort(spread_MX), axis=0)) > 6
-    np.testing.assert_allclose(weights_MX.sum(1), SMALL.routed_scaling_factor, rtol=1e-5)
+    alike_ME = route(x_MD, moe.router, moe.expert_bias, SMALL).weights_ME
+    assert len(np.unique(alike_ME, axis=0)) == 1
+    spread_ME = route(x_MD, spread.router, spread.expert_bias, SMALL).weights_ME
+    np.testing.assert_allclose((spread_ME > 0).sum(0), 500 * 2 / 6, rtol=0.25)
+    assert len(np.unique(spread_ME > 0, axis=0)) > 6
+    np.testing.assert_allclose(spread_ME.sum(1), SMALL.routed_scaling_factor, rtol=1e-5)
 
 
 def test_bandwidth_is_that_of_all_devices():

@@ -1,0 +1,109 @@
+"""What the kernels for Hopper GPUs (H100, H200) share: where they run, tiles in shared memory, streams of tiles.
+
+They are written in Pallas for Mosaic GPU, whose interface of jax 0.11 is used; with jax 0.10 the plain functions run.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # of a matrix product of one warpgroup; also the width of a stage in columns
+SHARED_BYTES = 227 * 1024  # that a block of threads may use
+RESERVED_BYTES = 2 * 1024  # of them for barriers and alignment
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Whether the default device is one that these kernels run on, under a JAX that they are written for."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    return device.platform == "gpu" and capability == "9.0" and jax.__version_info__ >= (0, 11)
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Blocks of threads that run at once, one per multiprocessor."""
+    return getattr(jax.devices()[0], "core_count", None) or 132
+
+
+def shared_tile(shape: tuple[int, ...], dtype: jnp.dtype, *, row_bytes: int = 128):
+    """Shared memory for tiles `[..., rows, columns]` in the order that the matrix units read.
+
+    Both factors of a product must lie alike: `row_bytes` bounds how much of a row stands together.
+    """
+    itemsize = jnp.dtype(dtype).itemsize
+    together = min(row_bytes, plgpu.find_swizzle(shape[-1] * itemsize * 8))
+    transforms = plgpu.TilingTransform((8, together // itemsize)), plgpu.SwizzleTransform(together)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def stages_that_fit(stage_bytes: int, other_bytes: int, most: int = 6) -> int:
+    """How many stages of a stream shared memory has room for."""
+    return min(most, (SHARED_BYTES - RESERVED_BYTES - other_bytes) // stage_bytes)
+
+
+class Stream:
+    """A sequence of stages through a ring of buffers: one warpgroup fills them by asynchronous copies, others use them.
+
+    `full` and `empty` are barriers, one per buffer: `full` counts a stage's copies, `empty` the warpgroups that use it.
+    """
+
+    def __init__(self, full, empty, stages: int):
+        self.full, self.empty, self.stages = full, empty, stages
+
+    def fill(self, steps, load) -> None:
+        """Calls `load(step, slot, barrier)` for every step once its buffer is free, and waits for the last use."""
+
+        @pl.loop(0, steps)
+        def _fill(step):
+            slot = lax.rem(step, self.stages)
+
+            @pl.when(step >= self.stages)
+            def _wait():
+                plgpu.barrier_wait(self.empty.at[slot])
+
+            load(step, slot, self.full.at[slot])
+
+        @pl.loop(jnp.maximum(steps - self.stages, 0), steps)
+        def _drain(step):
+            plgpu.barrier_wait(self.empty.at[lax.rem(step, self.stages)])
+
+    def use(self, step, multiply) -> None:
+        """Calls `multiply(slot)`, which starts products, once the step's stage is there; frees it when done."""
+        slot = lax.rem(step, self.stages)
+        plgpu.barrier_wait(self.full.at[slot])
+        multiply(slot)
+        plgpu.wgmma_wait(0)
+        plgpu.barrier_arrive(self.empty.at[slot])
+
+
+def barriers(copies: int, warpgroups: int, stages: int):
+    """The two barriers of a Stream."""
+    return (
+        plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+        plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    )
+
+
+def differentiated_as(plain):
+    """Decorates a kernel: its gradients are those of the plain function that it stands for."""
+
+    def decorate(kernel):
+        @jax.custom_vjp
+        def run(*arguments):
+            return kernel(*arguments)
+
+        def forward(*arguments):
+            return kernel(*arguments), arguments
+
+        def backward(arguments, out_gradient):
+            return jax.vjp(plain, *arguments)[1](out_gradient)
+
+        run.defvjp(forward, backward)
+        return run
+
+    return decorate

@@ -1,0 +1,63 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmax_jax.kernels import expert_choice
+from dmax_jax.kernels.expert_choice import choose_by_ranks, choose_experts, choose_in_registers, list_active
+from tests.kernels.test_streamed_experts import interpreter, needs_interpreter
+
+SETTINGS = {"groups": 4, "kept_groups": 2, "experts_per_row": 5, "scale": 2.5}
+
+
+def draw(seed: int, rows: int, experts: int):
+    """Scores and biased scores with many ties."""
+    rng = np.random.default_rng(seed)
+    scores = rng.integers(1, 9, size=(rows, experts)) / 8
+    return [jnp.asarray(array, jnp.float32) for array in (scores, scores + rng.integers(0, 3, scores.shape) / 4)]
+
+
+def test_active_ones_are_listed_in_order():
+    ids, count = jax.jit(list_active)(jnp.array([False, True, False, False, True, True]))
+    assert count.tolist() == [3]
+    assert ids[:3].tolist() == [1, 4, 5]
+    assert list_active(jnp.ones(3, bool))[0].tolist() == [0, 1, 2]
+    assert list_active(jnp.zeros(3, bool))[1].tolist() == [0]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("rows", [1, 20, 64])
+def test_the_kernel_equals_the_plain_function(rows):
+    scores, biased = draw(rows, rows, 128)
+    if rows == 20:  # all alike, so that few experts are active
+        scores, biased = (jnp.repeat(array[:1], rows, axis=0) for array in (scores, biased))
+    found = choose_in_registers(scores, biased, **SETTINGS, interpret=interpreter())
+    expected = choose_by_ranks(scores, biased, **SETTINGS)
+    np.testing.assert_allclose(found.weights_ME, expected.weights_ME, rtol=1e-6)
+    count = int(expected.count_1[0])
+    assert found.count_1.tolist() == [count]
+    np.testing.assert_array_equal(found.ids_E[:count], expected.ids_E[:count])
+
+
+def test_a_hopper_gpu_runs_the_kernel_and_differentiates_the_plain_function(monkeypatch):
+    inputs = draw(0, 6, 128)
+    seen = []
+
+    def stand_in(*arguments, **settings):
+        seen.append(settings)
+        return choose_by_ranks(*arguments, **settings)
+
+    def loss(choose, scores, biased):
+        return jnp.sum(choose(scores, biased, **SETTINGS).weights_ME ** 2)
+
+    plain = jax.grad(functools.partial(loss, choose_experts))(*inputs)
+    monkeypatch.setattr(expert_choice, "is_hopper", lambda: True)
+    monkeypatch.setattr(expert_choice, "choose_in_registers", stand_in)
+    np.testing.assert_array_equal(jax.grad(functools.partial(loss, choose_experts))(*inputs), plain)
+    assert seen == [SETTINGS, SETTINGS] or seen == [SETTINGS]
+    assert np.abs(plain).max() > 0
+    seen.clear()
+    choose_experts(*draw(0, 65, 128), **SETTINGS)  # more rows than the kernel takes
+    assert not seen
