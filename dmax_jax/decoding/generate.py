@@ -13,8 +13,8 @@ from dmax_jax.decoding.block import Block, enter_block
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding.rows import Rows, Trace, empty_trace, leave_blocks, slice_rows
 from dmax_jax.decoding.spd import spd_step
-from dmax_jax.model.cache import empty_cache, write_cache
-from dmax_jax.model.masks import block_causal_mask
+from dmax_jax.model.cache import TILE, empty_cache, write_cache
+from dmax_jax.model.masks import CachedBlocks, block_causal_mask
 from dmax_jax.model.params import Params
 from dmax_jax.model.transformer import embed, transformer, unembed
 
@@ -100,7 +100,7 @@ def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, m
     Q, W, T = geometry.prefill, geometry.block_length, geometry.total
     tokens_BT = jnp.pad(prompt_BP, ((0, 0), (0, T - P)))
     tokens_BT = jnp.where(jnp.arange(T)[None] < length_B[:, None], tokens_BT, mask_id)
-    cache = empty_cache(config, B, T, params.embed.dtype)
+    cache = empty_cache(config, B, -(-T // TILE) * TILE, params.embed.dtype)
     if Q:
         x_BQD, positions = embed(params, tokens_BT[:, :Q]), jnp.arange(Q)[None]
         kv = transformer(params, x_BQD, positions, block_causal_mask(Q, W), config).kv
@@ -127,25 +127,17 @@ def forward_blocks(params: Params, rows: Rows, config: ModelConfig, *, commit: b
     With `commit` the forward also carries the block before it, from its final hard tokens, and writes its keys and
     values into the cache: committing a finished block costs no forward of its own.
     """
-    B, W = rows.block.tokens_BW.shape
+    W = rows.block.tokens_BW.shape[1]
     own_BW = rows.start_B[:, None] + jnp.arange(W)[None]
     x_BTD, positions_BT = rows.block.embeddings_BWD, own_BW
     pending_B = rows.uncached_B & ~rows.done_B
     cached_B = rows.start_B - jnp.where(pending_B, W, 0)
-    S = rows.cache[0].k_BSKH.shape[1]
-    seen_B1S = (jnp.arange(S)[None] < cached_B[:, None])[:, None]
-    mask_BTS = jnp.broadcast_to(seen_B1S, (B, W, S))
-    ones_BWW = jnp.ones((B, W, W), bool)
     if commit:
         previous_BW = slice_rows(rows.tokens_BT, jnp.maximum(cached_B, 0), W)
         x_BTD = jnp.concatenate([embed(params, previous_BW), x_BTD], axis=1)
         positions_BT = jnp.concatenate([own_BW - W, own_BW], axis=1)
-        above = jnp.concatenate([mask_BTS, ones_BWW, ~ones_BWW], axis=2)
-        below = jnp.concatenate([mask_BTS, ones_BWW & pending_B[:, None, None], ones_BWW], axis=2)
-        mask_BTS = jnp.concatenate([above, below], axis=1)
-    else:
-        mask_BTS = jnp.concatenate([mask_BTS, ones_BWW], axis=2)
-    out = transformer(params, x_BTD, positions_BT, mask_BTS, config, cache=rows.cache)
+    visible = CachedBlocks(cached_B, pending_B, W)
+    out = transformer(params, x_BTD, positions_BT, visible, config, cache=rows.cache)
     if rows.active_experts is not None:
         active = jnp.asarray([jnp.sum(load_E > 0) for load_E in out.loads], jnp.int32)
         rows = rows.replace(active_experts=rows.active_experts + active)

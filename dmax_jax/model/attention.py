@@ -1,13 +1,14 @@
-"""Grouped-query attention under a given mask, over a cache and the sequence's own positions."""
+"""Grouped-query attention over a cache and the sequence's own positions, under a mask or a pattern."""
 
 import jax
 import jax.numpy as jnp
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
+from dmax_jax.kernels.block_decode import decode_attention
 from dmax_jax.model.cache import LayerKV
 from dmax_jax.model.layers import rms_norm, rotate
-from dmax_jax.model.masks import BlockPattern
+from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
 from dmax_jax.model.params import Attention
 
 
@@ -15,14 +16,14 @@ def attention(
     x_BTD: jax.Array,
     weights: Attention,
     angles: tuple[jax.Array, jax.Array],
-    visible: jax.Array | BlockPattern,
+    visible: Visible,
     cached: LayerKV | None,
     config: ModelConfig,
 ) -> tuple[jax.Array, LayerKV]:
     """Attends from T positions; returns the output [B, T, D] and the T new keys and values.
 
     `visible` is a mask [B, T, S] over S = cached + T positions, true where one may be seen, whose batch axis may be 1;
-    or a pattern, in which `cached` are the T positions of the stream that holds the earlier blocks.
+    or CachedBlocks; or a BlockPattern, in which `cached` are the T positions of the stream with the earlier blocks.
     """
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
@@ -35,6 +36,10 @@ def attention(
         earlier = new if cached is None else cached
         pairs = [(kv.k_BSKH, kv.v_BSKH) for kv in (new, earlier)]
         out_BTNH = block_attention(q_BTNH, *pairs, block_length=visible.block_length)
+    elif isinstance(visible, CachedBlocks):
+        pairs = [(kv.k_BSKH, kv.v_BSKH) for kv in (new, cached)]
+        limits = visible.seen_B, visible.sees_previous_B
+        out_BTNH = decode_attention(q_BTNH, *pairs, *limits, block_length=visible.block_length)
     else:
         seen = new if cached is None else jax.tree.map(lambda old, own: jnp.concatenate([old, own], 1), cached, new)
         out_BTNH = masked_attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible)

@@ -6,6 +6,8 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 
+TILE = 64  # positions that a kernel reads at once: a capacity in whole tiles suits it
+
 
 @struct.dataclass
 class LayerKV:

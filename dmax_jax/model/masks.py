@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +16,18 @@ class BlockPattern:
     """
 
     block_length: int
+
+
+@struct.dataclass
+class CachedBlocks:
+    """New blocks over a cache: see `decode_attention`."""
+
+    seen_B: jax.Array  # cached positions that may be seen
+    sees_previous_B: jax.Array  # whether a new block sees the new ones before it
+    block_length: int = struct.field(pytree_node=False)
+
+
+Visible = jax.Array | BlockPattern | CachedBlocks
 
 
 def block_causal_mask(length: int, block_length: int) -> jax.Array:

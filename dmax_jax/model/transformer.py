@@ -11,7 +11,7 @@ from dmax_jax.kernels.embedding import lookup
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.layers import rms_norm, rotary_angles, swiglu
-from dmax_jax.model.masks import BlockPattern
+from dmax_jax.model.masks import Visible
 from dmax_jax.model.moe import moe
 from dmax_jax.model.params import Layer, Moe, Params
 
@@ -27,15 +27,16 @@ def transformer(
     params: Params,
     x_BTD: jax.Array,
     positions_BT: jax.Array,
-    visible: jax.Array | BlockPattern,
+    visible: Visible,
     config: ModelConfig,
     *,
     cache: KVCache | None = None,
 ) -> Output:
     """Runs all layers on T positions.
 
-    `visible` is a mask [B, T, S] over S = cached + T positions, true where one may be seen; or a pattern of blocks, in
-    which the cache holds the T positions of the stream that the earlier blocks are taken from (default: the own one).
+    `visible` is a mask [B, T, S] over S = cached + T positions, true where one may be seen; or CachedBlocks; or a
+    BlockPattern, in which the cache holds the T positions of the stream that the earlier blocks are taken from
+    (default: the own one).
     The computation is in the dtype of the parameters, to which `x_BTD` is cast. Batch axes of positions and mask may
     be 1.
     """
