@@ -20,6 +20,7 @@ class Choice:
     """`ids_E` lists the experts in which some row has a weight, in ascending order; past the count it means nothing."""
 
     weights_ME: jax.Array  # float32; 0 where a row does not take an expert
+    columns_EM: jax.Array  # the same, an expert's weights side by side; may have more columns than rows, all 0
     ids_E: jax.Array
     count_1: jax.Array
 
@@ -47,7 +48,12 @@ def choose_by_ranks(scores_ME, biased_ME, *, groups: int, kept_groups: int, expe
     reachable_ME = jnp.where(kept_MG[:, :, None], biased_MGN, -jnp.inf).reshape(M, E)
     chosen_ME = jnp.where(ranks(reachable_ME) < experts_per_row, scores_ME, 0)
     weights_ME = chosen_ME / (chosen_ME.sum(-1, keepdims=True) + 1e-20) * scale
-    return Choice(weights_ME, *list_active(jnp.any(weights_ME > 0, axis=0)))
+    return listed(weights_ME)
+
+
+def listed(weights_ME: jax.Array) -> Choice:
+    """The choice that rows with these weights have made."""
+    return Choice(weights_ME, weights_ME.T, *list_active(jnp.any(weights_ME > 0, axis=0)))
 
 
 def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -67,7 +73,6 @@ def choose_in_registers(
     """`choose_experts` in one kernel: one warpgroup takes the best expert of every row, then the next, and so on."""
     M, E = scores_ME.shape
     N = E // groups
-    padded = [jnp.pad(array, ((0, ROWS - M), (0, 0))) for array in (scores_ME, biased_ME)]
     layout = plgpu.Layout.WGMMA
 
     def load(ref, spread=layout):
@@ -102,23 +107,28 @@ def choose_in_registers(
             left_GMN = [jnp.where(at == first_MN, -jnp.inf, own) for own, at in zip(left_GMN, columns_GMN, strict=True)]
         return left_GMN, kept_GM
 
-    def body(scores, biased, weights, ids, count, weights_s, active_s, upto_s):
+    def body(scores, biased, weights, ids, count, scores_s, biased_s, weights_s, active_s, upto_s, full):
+        # The rows that there are; what stands in the others goes through everything and is left out at the end.
+        plgpu.copy_gmem_to_smem(scores, scores_s.at[pl.ds(0, M)], full)
+        plgpu.copy_gmem_to_smem(biased, biased_s.at[pl.ds(0, M)], full)
+        plgpu.barrier_wait(full)
         column_MN = plgpu.broadcasted_iota(jnp.int32, (ROWS, N), 1, layout=layout)
         row_MN = plgpu.broadcasted_iota(jnp.int32, (ROWS, N), 0, layout=layout)
         columns_GMN = [column_MN + group * N for group in range(groups)]
         tiles = [(slice(None), pl.ds(group * N, N)) for group in range(groups)]
-        left_GMN, kept_GM = choose([load(biased.at[tile]) for tile in tiles], columns_GMN)
+        left_GMN, kept_GM = choose([load(biased_s.at[tile]) for tile in tiles], columns_GMN)
         chosen_GMN = [
-            jnp.where(over_columns(kept_M) & (left_MN == -jnp.inf) & (row_MN < M), load(scores.at[tile]), 0.0)
+            jnp.where(over_columns(kept_M) & (left_MN == -jnp.inf) & (row_MN < M), load(scores_s.at[tile]), 0.0)
             for tile, left_MN, kept_M in zip(tiles, left_GMN, kept_GM, strict=True)
         ]
         total_M = jnp.sum(functools.reduce(jnp.add, chosen_GMN), axis=1)
         factor_MN = over_columns(scale / (total_M + 1e-20))
         for tile, chosen_MN in zip(tiles, chosen_GMN, strict=True):
-            weights_s[tile] = chosen_MN * factor_MN
+            weight_MN = plgpu.layout_cast(chosen_MN * factor_MN, plgpu.Layout.WGMMA_TRANSPOSED)
+            weights_s.at[tile[1]].transpose((1, 0))[...] = weight_MN
             active_s[tile[1]] = jnp.where(jnp.max(chosen_MN, axis=0) > 0, 1, 0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(weights_s.at[pl.ds(0, M)], weights)
+        plgpu.copy_smem_to_gmem(weights_s, weights)
 
         column_ME = plgpu.broadcasted_iota(jnp.int32, (ROWS, E), 1, layout=layout)
         row_ME = plgpu.broadcasted_iota(jnp.int32, (ROWS, E), 0, layout=layout)
@@ -132,18 +142,21 @@ def choose_in_registers(
         count[0] = upto_s[E - 1]
         plgpu.wait_smem_to_gmem(0)
 
-    outputs = plgpu.kernel(
+    columns_EM, ids_E, count_1 = plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct((M, E), jnp.float32),
+            jax.ShapeDtypeStruct((E, ROWS), jnp.float32),
             jax.ShapeDtypeStruct((E,), jnp.int32),
             jax.ShapeDtypeStruct((1,), jnp.int32),
         ],
         scratch_types=[
             plgpu.SMEM((ROWS, E), jnp.float32),
+            plgpu.SMEM((ROWS, E), jnp.float32),
+            plgpu.SMEM((E, ROWS), jnp.float32),
             plgpu.SMEM((E,), jnp.int32),
             plgpu.SMEM((E,), jnp.int32),
+            plgpu.Barrier(num_arrivals=2),
         ],
         interpret=interpret,
-    )(*padded)
-    return Choice(*outputs)
+    )(scores_ME, biased_ME)
+    return Choice(columns_EM[:, :M].T, columns_EM, ids_E, count_1)

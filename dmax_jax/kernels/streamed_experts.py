@@ -2,7 +2,7 @@
 
 For at most 128 rows the weights' way from memory takes longer than the products with all rows, so nothing is sorted or
 gathered: a row that did not choose an expert has weight 0 there. Weights are the left factor of the matrix units'
-products, in the orientation of the checkpoint, and rows the right one, so arrays between the kernels are transposed.
+products, in the orientation of the checkpoint, and rows the right one, so what is between the kernels is transposed.
 """
 
 from typing import Any
@@ -43,12 +43,13 @@ def streamed_experts(
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
     M = x_MD.shape[0]
     rows = max(16, 1 << (M - 1).bit_length())
-    x_MD, weights_ME = (jnp.pad(array, ((0, rows - M), (0, 0))) for array in (x_MD, choice.weights_ME))
+    x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
+    columns_EM = jnp.pad(choice.columns_EM, ((0, 0), (0, max(0, rows - choice.columns_EM.shape[1]))))
     tiles = choice.ids_E, choice.count_1
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    hidden_AFM = expert_hidden(x_MD, experts[:2], shared[:2], *tiles, weights_ME.T, **how)
-    parts_PDM = expert_outputs(hidden_AFM, experts[2], shared[2], *tiles, **how)
-    return jnp.sum(parts_PDM, axis=0).T[:M].astype(x_MD.dtype)
+    hidden_AFM = expert_hidden(x_MD, experts[:2], shared[:2], *tiles, columns_EM, **how)
+    parts_PMD = expert_outputs(hidden_AFM, experts[2], shared[2], *tiles, **how)
+    return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 
 
 def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: int, interpret=False) -> jax.Array:
@@ -104,7 +105,9 @@ def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: i
             def _tile(turn):
                 listed, feature = place(turn)
                 expert = jnp.minimum(ids[jnp.minimum(listed, E - 1)], E - 1)
-                weight_M = plgpu.load(weights.at[expert], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                weight_M = plgpu.load(
+                    weights.at[expert, pl.ds(0, M)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+                )
                 share = jnp.where(listed == count[0], 1.0, 0.0)  # of the shared expert, whose weight is 1
                 weight_M = weight_M * (1 - share) + share
 
@@ -152,7 +155,7 @@ def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: i
 
 
 def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, blocks: int, interpret=False) -> jax.Array:
-    """Sums down hidden over the listed experts and the shared one, in P parts that are left to be added: [P, D, M].
+    """Sums down hidden over the listed experts and the shared one, in P parts that are left to be added: [P, M, D].
 
     The parts are float32. A block of threads has 128 output features and every P-th expert.
     """
@@ -202,15 +205,17 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
 
                 return total[...]
 
-            out_s[warpgroup] = pl.run_scoped(products, plgpu.ACC((ROWS, M), jnp.float32))
+            total_DM = pl.run_scoped(products, plgpu.ACC((ROWS, M), jnp.float32))
+            total_DM = plgpu.layout_cast(total_DM, plgpu.Layout.WGMMA_TRANSPOSED)
+            out_s.at[warpgroup].transpose((1, 0))[...] = total_DM
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[part, pl.ds(first + warpgroup * ROWS, ROWS)])
+            plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[part, :, pl.ds(first + warpgroup * ROWS, ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
     row_bytes = M * dtype.itemsize
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((parts, D, M), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((parts, M, D), jnp.float32),
         grid=(D // tile, parts),
         grid_names=("feature", "part"),
         num_threads=WARPGROUPS + 1,
@@ -218,7 +223,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
         scratch_types=[
             shared_tile((stages, ROWS, M), dtype),
             shared_tile((stages, tile, ROWS), dtype, row_bytes=row_bytes),
-            shared_tile((WARPGROUPS, ROWS, M), jnp.float32),
+            shared_tile((WARPGROUPS, M, ROWS), jnp.float32),
             *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
         ],
         compiler_params=PARAMS,

@@ -36,6 +36,8 @@ def test_the_kernel_equals_the_plain_function(rows):
     found = choose_in_registers(scores, biased, **SETTINGS, interpret=interpreter())
     expected = choose_by_ranks(scores, biased, **SETTINGS)
     np.testing.assert_allclose(found.weights_ME, expected.weights_ME, rtol=1e-6)
+    np.testing.assert_array_equal(found.columns_EM[:, :rows], found.weights_ME.T)
+    assert (found.columns_EM[:, rows:] == 0).all()
     count = int(expected.count_1[0])
     assert found.count_1.tolist() == [count]
     np.testing.assert_array_equal(found.ids_E[:count], expected.ids_E[:count])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels import routed_experts as module
-from dmax_jax.kernels.expert_choice import Choice, list_active
+from dmax_jax.kernels.expert_choice import listed
 from dmax_jax.kernels.routed_experts import DENSE_EXPERTS, dense_experts, ragged_experts, routed_experts
 
 # rows M, width D, feed-forward F, experts E, chosen X
@@ -72,14 +72,10 @@ def expected(x, weights, experts, shared, out_gradient):
     return out, gradients
 
 
-def as_choice(weights) -> Choice:
-    return Choice(weights, *list_active(jnp.any(weights > 0, axis=0)))
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(implementation, experts_per_row, x, weights, experts, shared, out_gradient):
     def apply(x, weights, experts, shared):
-        return implementation(x, as_choice(weights), experts, shared, experts_per_row=experts_per_row)
+        return implementation(x, listed(weights), experts, shared, experts_per_row=experts_per_row)
 
     out, pull_back = jax.vjp(apply, x, weights, experts, shared)
     return out, pull_back(out_gradient)
@@ -134,7 +130,7 @@ def test_a_row_without_experts_has_the_shared_one(implementation):
 def test_bfloat16_products(implementation):
     inputs = draw(5, 40, 16, 24, 8, 2)
     x, experts, shared = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), (inputs[0], *inputs[2:]))
-    choice = as_choice(jnp.asarray(inputs[1], jnp.float32))
+    choice = listed(jnp.asarray(inputs[1], jnp.float32))
     out = jax.jit(implementation, static_argnames="experts_per_row")(x, choice, experts, shared, experts_per_row=2)
     assert out.dtype == jnp.bfloat16
     close(np.asarray(out, np.float64), expected(*inputs, inputs[0])[0], 0.02)

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmax_jax.kernels.expert_choice import listed
 from dmax_jax.kernels.routed_experts import ragged_experts
 from dmax_jax.kernels.streamed_experts import can_stream, streamed_experts
-from tests.kernels.test_routed_experts import as_choice, draw
+from tests.kernels.test_routed_experts import draw
 
 needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
 D, F, E, X = 256, 128, 12, 3  # the smallest sizes with two tiles of output features
@@ -32,7 +33,7 @@ def test_the_kernels_equal_the_plain_function(rows, among, blocks):
     chosen = X if among is None else len(among)
     inputs = draw(rows, rows, D, F, E, chosen, among, shared_width=F)
     x, experts, shared = single((inputs[0], *inputs[2:]), jnp.bfloat16)
-    choice = as_choice(single(inputs[1], jnp.float32))
+    choice = listed(single(inputs[1], jnp.float32))
     assert can_stream(x, experts, shared)
     found = streamed_experts(x, choice, experts, shared, blocks=blocks, interpret=interpreter())
     wide = single((x, experts, shared), jnp.float32)
