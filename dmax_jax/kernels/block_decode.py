@@ -14,31 +14,13 @@ Pair = tuple[jax.Array, jax.Array]  # keys and values
 
 
 def decode_attention(
-    q_BTNH: jax.Array,
-    own: Pair,
-    cached: Pair,
-    seen_B: jax.Array,
-    sees_previous_B: jax.Array,
-    *,
-    block_length: int,
+    q_BTNH: jax.Array, own: Pair, cached: Pair, seen_B: jax.Array, sees_previous_B: jax.Array, *, block_length: int
 ) -> jax.Array:
     """Attention of T new positions, in blocks, over their `own` keys and values [B, T, K, H] and `cached` ones.
 
     A position sees the first `seen_B` of the S cached positions, its own block, and the new blocks before it in rows
     where `sees_previous_B`. Softmax in float32. Returns [B, T, N, H].
     """
-    implementation = decode_in_tiles if _suits_tiles(q_BTNH, own, cached) else decode_masked
-    return implementation(q_BTNH, own, cached, seen_B, sees_previous_B, block_length=block_length)
-
-
-def _suits_tiles(q_BTNH: jax.Array, own: Pair, cached: Pair) -> bool:
-    (_, T, N, H), K, S = q_BTNH.shape, own[0].shape[2], cached[0].shape[1]
-    whole = S > 0 and S % ROWS == 0 and (ROWS % T == 0 or T % ROWS == 0) and T % 8 == 0 and H in (64, 128)
-    return is_hopper() and q_BTNH.dtype == jnp.bfloat16 and whole and (N // K) % max(1, ROWS // T) == 0
-
-
-def decode_masked(q_BTNH, own: Pair, cached: Pair, seen_B, sees_previous_B, *, block_length: int) -> jax.Array:
-    """`decode_attention` under a mask over cached and own positions."""
     B, T = q_BTNH.shape[:2]
     S = cached[0].shape[1]
     block_T = jnp.arange(T) // block_length
@@ -49,164 +31,221 @@ def decode_masked(q_BTNH, own: Pair, cached: Pair, seen_B, sees_previous_B, *, b
     return masked_attention(q_BTNH, keys, values, jnp.concatenate([seen_BTS, own_BTT], axis=2))
 
 
-def decode_in_tiles(
-    q_BTNH, own: Pair, cached: Pair, seen_B, sees_previous_B, *, block_length: int, interpret=False
-) -> jax.Array:
-    """`decode_attention` on a Hopper GPU: blocks of threads with 64 query rows walk over tiles of 64 keys.
+def can_fuse(qkv_BTNH: jax.Array, cached: Pair) -> bool:
+    """Whether device, dtype and shapes suit `fused_decode_attention`."""
+    _, T, heads, H = qkv_BTNH.shape
+    S, K = cached[0].shape[1:3]
+    queries = (heads - 2 * K) // K
+    dtypes = {array.dtype for array in (qkv_BTNH, *cached)}
+    suits = H == 128 and S % ROWS == 0 and T in (8, 16, 32, 64) and queries % (ROWS // T) == 0
+    return is_hopper() and dtypes == {jnp.dtype("bfloat16")} and suits
 
-    Query heads that share a key head fill the rows of a tile. Only tiles in which something may be seen are read.
+
+def fused_decode_attention(
+    qkv_BTNH: jax.Array,
+    norms: Pair,
+    angles: Pair,
+    cached: Pair,
+    seen_B: jax.Array,
+    sees_previous_B: jax.Array,
+    *,
+    block_length: int,
+    eps: float,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """RMS norm and rotation of queries and keys, and `decode_attention`, in one kernel for a Hopper GPU.
+
+    `qkv_BTNH` are a projection's query, key and value heads, `norms` the weights [H] for queries and keys, `angles`
+    cosines and sines [B, T, R] in float32, which rotate the first 2R dimensions half against half. Returns the output
+    and the new keys [B, T, K, H].
+
+    A block of threads has 64 rows of queries: all T positions in as many query heads of one key head. Of its two
+    warpgroups one readies the queries, the other the new keys; then they take every other tile of 64 cached positions,
+    and only of those that are seen, and join what they have. The rotation is a product with a signed permutation.
     """
-    B, T, N, H = q_BTNH.shape
-    K = own[0].shape[2]
-    heads = max(1, ROWS // T)  # query heads in a tile of 64 rows
-    tiles = max(1, T // ROWS)
-    own = [jnp.pad(array, ((0, 0), (0, -T % ROWS), (0, 0), (0, 0))) for array in own]
-    own_tiles = own[0].shape[1] // ROWS
-    dtype = q_BTNH.dtype
-    other = ROWS * H * dtype.itemsize + ROWS * H * 4 + WARPGROUPS * ROWS * ROWS * dtype.itemsize + ROWS * 8
-    stages = stages_that_fit(2 * ROWS * H * dtype.itemsize, other, most=4)
-    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    B, T, heads, H = qkv_BTNH.shape
+    K = cached[0].shape[2]
+    N, dtype = heads - 2 * K, qkv_BTNH.dtype
+    together = ROWS // T  # query heads in a block of threads
+    rotation = _rotations(angles, H, together)
+    tile_bytes = ROWS * H * dtype.itemsize
+    others = 3 * tile_bytes + H * H * dtype.itemsize + 2 * ROWS * ROWS * dtype.itemsize + ROWS * (H + 2) * 4
+    stages = stages_that_fit(2 * tile_bytes, others, most=4)
+    wgmma, by_row, by_column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+    def load(ref, layout=wgmma):
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def over(value, width):
+        return lax.broadcast_in_dim(value, (ROWS, width), [0])
 
     def body(
-        q, own_k, own_v, cached_k, cached_v, seen, sees_previous, out,
-        q_s, k_s, v_s, probs_s, acc_s, top_s, total_s, q_full, handed_over, full, empty,
+        qkv, q_norm, k_norm, cosines, sines, swap, cached_k, cached_v, seen, sees_previous, out, new_k,
+        q_s, own_k_s, own_v_s, swap_s, k_s, v_s, probs_s, acc_s, top_s, total_s,
+        own_full, readied, handed_over, full, empty,
     ):  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
-        row, group, tile = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("tile")
-        head = lax.div(group * heads, N // K)  # of keys and values
-        count = own_tiles + pl.cdiv(seen[row], ROWS)  # tiles of keys: own ones first, then cached ones
+        row, group = lax.axis_index("row"), lax.axis_index("group")
+        head = lax.div(group * together, N // K)  # of keys and values
+        count = pl.cdiv(seen[row], ROWS)  # tiles of cached keys
         stream = Stream(full, empty, stages)
 
         @pl.when(warpgroup == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
-            span = min(T, ROWS)
-            for number in range(heads):
-                plgpu.copy_gmem_to_smem(
-                    q.at[row, pl.ds(tile * span, span), group * heads + number],
-                    q_s.at[pl.ds(number * span, span)],
-                    q_full,
-                )
+            plgpu.copy_gmem_to_smem(swap, swap_s, own_full)
+            plgpu.copy_gmem_to_smem(qkv.at[row, :, N + head], own_k_s.at[pl.ds(0, T)], own_full)
+            plgpu.copy_gmem_to_smem(qkv.at[row, :, N + K + head], own_v_s.at[pl.ds(0, T)], own_full)
+            for number in range(together):
+                rows = pl.ds(number * T, T)
+                plgpu.copy_gmem_to_smem(qkv.at[row, :, group * together + number], q_s.at[rows], own_full)
 
-            def load(step, slot, barrier):
-                @pl.when(step < own_tiles)
-                def _own():
-                    at = row, pl.ds(step * ROWS, ROWS), head
-                    plgpu.copy_gmem_to_smem(own_k.at[at], k_s.at[slot], barrier)
-                    plgpu.copy_gmem_to_smem(own_v.at[at], v_s.at[slot], barrier)
+            def fetch(step, slot, barrier):
+                at = row, pl.ds(step * ROWS, ROWS), head
+                plgpu.copy_gmem_to_smem(cached_k.at[at], k_s.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(cached_v.at[at], v_s.at[slot], barrier)
 
-                @pl.when(step >= own_tiles)
-                def _cached():
-                    at = row, pl.ds((step - own_tiles) * ROWS, ROWS), head
-                    plgpu.copy_gmem_to_smem(cached_k.at[at], k_s.at[slot], barrier)
-                    plgpu.copy_gmem_to_smem(cached_v.at[at], v_s.at[slot], barrier)
+            stream.fill(count, fetch)
 
-            stream.fill(count, load)
+        def ready(ref, norm):
+            """Normalises and rotates the rows of a tile in place, rounding where the plain functions do."""
+            x = load(ref).astype(jnp.float32)
+            x = x * over(lax.rsqrt(jnp.sum(x * x, axis=1) * (1 / H) + eps), H)
+            weight = lax.broadcast_in_dim(load(norm, by_column).astype(jnp.float32), (ROWS, H), [1])
+            x = (x.astype(dtype).astype(jnp.float32) * weight).astype(dtype)
+            ref[...] = x
+            plgpu.commit_smem()
+
+            def turn(swapped):
+                plgpu.wgmma(swapped, ref, swap_s)
+                return swapped[...]
+
+            swapped = pl.run_scoped(turn, plgpu.ACC((ROWS, H), jnp.float32))
+            ref[...] = (x.astype(jnp.float32) * load(cosines.at[row]) + swapped * load(sines.at[row])).astype(dtype)
+            plgpu.commit_smem()
+
+        def attend(keys, values, visible, carry):
+            """One tile of keys: the scores, and the sums that a softmax is made of, so far."""
+            acc, top, total = carry
+
+            def score(scores):
+                plgpu.wgmma(scores, q_s, keys.transpose((1, 0)))
+                return scores[...]
+
+            scores = pl.run_scoped(score, plgpu.ACC((ROWS, ROWS), jnp.float32)) * H**-0.5
+            scores = jnp.where(visible, scores, NEG_INF)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            shrink = jnp.exp(top - new_top)
+            probs = jnp.exp(scores - over(new_top, ROWS))
+            probs_s[lax.axis_index("warpgroup")] = probs.astype(dtype)
+            plgpu.commit_smem()
+
+            def mix(mixed):
+                plgpu.wgmma(mixed, probs_s.at[lax.axis_index("warpgroup")], values)
+                return mixed[...]
+
+            mixed = pl.run_scoped(mix, plgpu.ACC((ROWS, H), jnp.float32))
+            return acc * over(shrink, H) + mixed, new_top, total * shrink + jnp.sum(probs, axis=1)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _attend():
             plgpu.set_max_registers(232, action="increase")
-            at_query = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=plgpu.Layout.WGMMA)
-            at_key = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=plgpu.Layout.WGMMA)
-            position = lax.rem(at_query, T) if heads > 1 else at_query + tile * ROWS
-            query_block = lax.div(position, block_length)
-            may_look_back = sees_previous[row]
-            plgpu.barrier_wait(q_full)
+            plgpu.barrier_wait(own_full)
 
-            def over(value, width):
-                return lax.broadcast_in_dim(value, (ROWS, width), [0])
+            @pl.when(warpgroup == 0)
+            def _queries():
+                ready(q_s, q_norm)
 
-            def visible(step):
-                """Of a tile's keys, for every query."""
-                key = at_key + step * ROWS
-                key_block = lax.div(key, block_length)
-                back = jnp.where(key_block < query_block, may_look_back, 0)
-                in_own = jnp.where(key_block == query_block, 1, back)
-                in_own = jnp.where(key < T, in_own, 0)
-                in_cache = jnp.where(key - own_tiles * ROWS < seen[row], 1, 0)
-                is_own = jnp.where(step < own_tiles, 1, 0)
-                return in_own * is_own + in_cache * (1 - is_own) > 0
+            @pl.when(warpgroup == 1)
+            def _keys():
+                ready(own_k_s, k_norm)
+                if T < ROWS:  # a weight of 0 times what happens to stand there may be no number
+                    is_there = plgpu.broadcasted_iota(jnp.int32, (ROWS, H), 0, layout=wgmma) < T
+                    own_v_s[...] = jnp.where(is_there, load(own_v_s).astype(jnp.float32), 0.0).astype(dtype)
+                    plgpu.commit_smem()
 
-            def attend(turn, carry):
-                acc, top, total = carry
+                @pl.when(lax.rem(group * together, N // K) == 0)
+                def _keep():
+                    plgpu.copy_smem_to_gmem(own_k_s.at[pl.ds(0, T)], new_k.at[row, :, head])
+
+            plgpu.barrier_arrive(readied)
+            plgpu.barrier_wait(readied)
+            at_query = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=wgmma)
+            at_key = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=wgmma)
+            query_block = lax.div(lax.rem(at_query, T), block_length)
+            key_block = lax.div(at_key, block_length)
+
+            def cached_tile(turn, carry):
                 step = warpgroup + turn * WARPGROUPS
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(full.at[slot])
-
-                def score(scores):
-                    plgpu.wgmma(scores, q_s, k_s.at[slot].transpose((1, 0)))
-                    return scores[...]
-
-                scores = pl.run_scoped(score, plgpu.ACC((ROWS, ROWS), jnp.float32)) * H**-0.5
-                scores = jnp.where(visible(step), scores, NEG_INF)
-                new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-                shrink = jnp.exp(top - new_top)
-                probs = jnp.exp(scores - over(new_top, ROWS))
-                total = total * shrink + jnp.sum(probs, axis=1)
-                probs_s[warpgroup] = probs.astype(dtype)
-                plgpu.commit_smem()
-
-                def mix(mixed):
-                    plgpu.wgmma(mixed, probs_s.at[warpgroup], v_s.at[slot])
-                    return mixed[...]
-
-                acc = acc * over(shrink, H) + pl.run_scoped(mix, plgpu.ACC((ROWS, H), jnp.float32))
+                carry = attend(k_s.at[slot], v_s.at[slot], at_key + step * ROWS < seen[row], carry)
                 plgpu.barrier_arrive(empty.at[slot])
-                return acc, new_top, total
+                return carry
 
             start = (
-                plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), plgpu.Layout.WGMMA),
-                plgpu.layout_cast(jnp.full((ROWS,), NEG_INF, jnp.float32), row_layout),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), row_layout),
+                plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), wgmma),
+                plgpu.layout_cast(jnp.full((ROWS,), NEG_INF, jnp.float32), by_row),
+                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
             )
             turns = pl.cdiv(count - warpgroup, WARPGROUPS)
-            acc, top, total = lax.fori_loop(0, turns, attend, start)
+            acc, top, total = lax.fori_loop(0, turns, cached_tile, start)
 
             @pl.when(warpgroup == 1)
             def _hand_over():
-                acc_s[...] = acc
-                top_s[...] = top
-                total_s[...] = total
+                back = jnp.where(key_block < query_block, sees_previous[row], 0)
+                in_own = jnp.where(at_key < T, jnp.where(key_block == query_block, 1, back), 0)
+                acc_s[...], top_s[...], total_s[...] = attend(own_k_s, own_v_s, in_own > 0, (acc, top, total))
                 plgpu.barrier_arrive(handed_over)
+                plgpu.wait_smem_to_gmem(0)
 
             @pl.when(warpgroup == 0)
-            def _merge():
+            def _join():
                 plgpu.barrier_wait(handed_over)
-                other_top = plgpu.load(top_s, layout=row_layout, optimized=False)
-                other_sum = plgpu.load(total_s, layout=row_layout, optimized=False)
-                other_acc = plgpu.load(acc_s, layout=plgpu.Layout.WGMMA, optimized=False)
+                other_top, other_total = load(top_s, by_row), load(total_s, by_row)
                 best = jnp.maximum(top, other_top)
                 mine, others = jnp.exp(top - best), jnp.exp(other_top - best)
-                whole = total * mine + other_sum * others
-                mixed = acc * over(mine / whole, H) + other_acc * over(others / whole, H)
-                q_s[...] = mixed.astype(dtype)
+                whole = total * mine + other_total * others
+                q_s[...] = (acc * over(mine / whole, H) + load(acc_s) * over(others / whole, H)).astype(dtype)
                 plgpu.commit_smem()
-                span = min(T, ROWS)
-                for number in range(heads):
-                    plgpu.copy_smem_to_gmem(
-                        q_s.at[pl.ds(number * span, span)],
-                        out.at[row, pl.ds(tile * span, span), group * heads + number],
-                    )
+                for number in range(together):
+                    rows = pl.ds(number * T, T)
+                    plgpu.copy_smem_to_gmem(q_s.at[rows], out.at[row, :, group * together + number])
                 plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(q_BTNH.shape, dtype),
-        grid=(B, N // heads, tiles),
-        grid_names=("row", "group", "tile"),
+        out_type=[jax.ShapeDtypeStruct((B, T, N, H), dtype), jax.ShapeDtypeStruct((B, T, K, H), dtype)],
+        grid=(B, N // together),
+        grid_names=("row", "group"),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            shared_tile((ROWS, H), dtype),
+            *[shared_tile((ROWS, H), dtype)] * 3,
+            shared_tile((H, H), dtype),
             shared_tile((stages, ROWS, H), dtype),
             shared_tile((stages, ROWS, H), dtype),
             shared_tile((WARPGROUPS, ROWS, ROWS), dtype),
             plgpu.SMEM((ROWS, H), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=heads),
+            plgpu.Barrier(num_arrivals=3 + together),
+            plgpu.Barrier(num_arrivals=WARPGROUPS),
             plgpu.Barrier(),
             *barriers(copies=2, warpgroups=1, stages=stages),
         ],
         interpret=interpret,
-    )(q_BTNH, *own, *cached, seen_B, sees_previous_B.astype(jnp.int32))
+    )(qkv_BTNH, *norms, *rotation, *cached, seen_B, sees_previous_B.astype(jnp.int32))
+
+
+def _rotations(angles: Pair, width: int, together: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x cos + (x swap) sin rotates rows [64, H]: cosines and sines [B, 64, H], and the signed permutation [H, H]."""
+    half = angles[0].shape[-1]
+    rest = [(0, 0), (0, 0), (0, width - 2 * half)]
+    cosines, sines = (jnp.tile(angle, (1, together, 2)) for angle in angles)
+    number = jnp.arange(width)
+    source, target = number[:, None], number[None, :]
+    forward = (source + half == target) & (target < 2 * half)
+    backward = (source == target + half) & (target < half)
+    swap = jnp.where(forward, 1, 0) - jnp.where(backward, 1, 0)
+    return jnp.pad(cosines, rest, constant_values=1), jnp.pad(sines, rest), swap.astype(jnp.bfloat16)

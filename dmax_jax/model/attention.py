@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
-from dmax_jax.kernels.block_decode import decode_attention
+from dmax_jax.kernels.block_decode import can_fuse, decode_attention, fused_decode_attention
 from dmax_jax.model.cache import LayerKV
 from dmax_jax.model.layers import rms_norm, rotate
 from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
@@ -28,6 +28,18 @@ def attention(
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv_BTNH = (x_BTD @ weights.qkv.T).reshape(B, T, N + 2 * K, H)
+    if isinstance(visible, CachedBlocks) and can_fuse(qkv_BTNH, (cached.k_BSKH, cached.v_BSKH)):
+        out_BTNH, k_BTKH = fused_decode_attention(
+            qkv_BTNH,
+            (weights.q_norm, weights.k_norm),
+            angles,
+            (cached.k_BSKH, cached.v_BSKH),
+            visible.seen_B,
+            visible.sees_previous_B,
+            block_length=visible.block_length,
+            eps=config.rms_norm_eps,
+        )
+        return out_BTNH.reshape(B, T, N * H) @ weights.out.T, LayerKV(k_BTKH, qkv_BTNH[:, :, N + K :])
     q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, (N, N + K), axis=2)
     q_BTNH = rotate(rms_norm(q_BTNH, weights.q_norm, config.rms_norm_eps), *angles)
     k_BTKH = rotate(rms_norm(k_BTKH, weights.k_norm, config.rms_norm_eps), *angles)

@@ -4,51 +4,75 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels.attention import masked_attention
-from dmax_jax.kernels.block_decode import decode_attention, decode_in_tiles, decode_masked
+from dmax_jax.kernels.block_decode import can_fuse, decode_attention, fused_decode_attention
+from dmax_jax.model.layers import rms_norm, rotary_angles, rotate
 from tests.kernels.test_streamed_experts import interpreter, needs_interpreter
 
-# new positions T, block length, query heads, key heads, cached positions
-SIZES = [(32, 32, 4, 2, 192), (64, 32, 4, 2, 128), (16, 8, 8, 2, 128), (128, 64, 2, 1, 64)]
-PREVIOUS = [True, False, True]
+PREVIOUS = jnp.array([True, False, True])
+EPS = 1e-6
 
 
-def draw(T, N, K, S, H, dtype):
-    rng = np.random.default_rng(T)
-    shapes = [(3, T, N, H), (3, T, K, H), (3, T, K, H), (3, S, K, H), (3, S, K, H)]
-    q, k, v, cached_k, cached_v = (jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
-    return q, (k, v), (cached_k, cached_v), jnp.array([0, S // 2 + 3, S], jnp.int32), jnp.array(PREVIOUS)
+def random(rng, *shape, dtype=jnp.float32):
+    return jnp.asarray(rng.normal(size=shape), dtype)
 
 
 def expected(q, own, cached, seen, block_length):
     """One row of the batch at a time, over just the keys that it has."""
     out = []
-    for row, sees_previous in enumerate(PREVIOUS):
+    for row, sees_previous in enumerate(PREVIOUS.tolist()):
         count, T = int(seen[row]), q.shape[1]
         block = np.arange(T) // block_length
         new = (block[:, None] == block[None]) | ((block[:, None] > block[None]) & sees_previous)
         mask = jnp.asarray(np.concatenate([np.ones((T, count), bool), new], axis=1)[None])
-        keys, values = (jnp.concatenate([old[row : row + 1, :count], fresh[row : row + 1]], axis=1)
-                        for old, fresh in zip(cached, own, strict=True))  # fmt: skip
+        pairs = zip(cached, own, strict=True)
+        keys, values = (jnp.concatenate([old[row, :count], fresh[row]])[None] for old, fresh in pairs)
         out.append(masked_attention(q[row : row + 1], keys, values, mask))
     return jnp.concatenate(out)
 
 
-@pytest.mark.parametrize(("T", "block_length", "N", "K", "S"), SIZES)
-def test_a_position_sees_what_is_cached_and_new_blocks_up_to_its_own(T, block_length, N, K, S):
-    q, own, cached, seen, previous = draw(T, N, K, S, 8, jnp.float32)
-    found = decode_masked(q, own, cached, seen, previous, block_length=block_length)
+@pytest.mark.parametrize(("T", "block_length"), [(4, 4), (8, 4), (9, 3)])
+def test_a_position_sees_what_is_cached_and_new_blocks_up_to_its_own(T, block_length):
+    rng = np.random.default_rng(T)
+    q = random(rng, 3, T, 4, 8)
+    own, cached = ([random(rng, 3, length, 2, 8) for _ in range(2)] for length in (T, 20))
+    seen = jnp.array([0, 13, 20])
+    found = decode_attention(q, own, cached, seen, PREVIOUS, block_length=block_length)
     np.testing.assert_allclose(found, expected(q, own, cached, seen, block_length), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(
-        found, decode_attention(q, own, cached, seen, previous, block_length=block_length)
-    )  # a CPU has no other way
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("T", "block_length", "N", "K", "S"), SIZES)
-def test_the_kernel_equals_the_plain_function(T, block_length, N, K, S):
-    q, own, cached, seen, previous = draw(T, N, K, S, 128, jnp.bfloat16)
-    found = decode_in_tiles(q, own, cached, seen, previous, block_length=block_length, interpret=interpreter())
-    assert found.dtype == jnp.bfloat16
-    wide = jax.tree.map(lambda array: array.astype(jnp.float32), (q, own, cached))
-    exact = decode_masked(*wide, seen, previous, block_length=block_length)
-    assert np.linalg.norm(found - exact) < 0.004 * np.linalg.norm(exact)
+@pytest.mark.parametrize(
+    ("T", "block_length", "N", "K", "S"), [(32, 32, 4, 2, 192), (64, 32, 4, 2, 128), (16, 8, 8, 2, 64)]
+)
+def test_the_kernel_equals_the_plain_functions(T, block_length, N, K, S):
+    rng = np.random.default_rng(T)
+    H, bfloat16 = 128, jnp.bfloat16
+    qkv = random(rng, 3, T, N + 2 * K, H, dtype=bfloat16)
+    norms = [(1 + 0.1 * random(rng, H)).astype(bfloat16) for _ in range(2)]
+    cached = [random(rng, 3, S, K, H, dtype=bfloat16) for _ in range(2)]
+    angles = rotary_angles(jnp.arange(3 * T).reshape(3, T) + 5, H // 2, 10000.0)
+    seen = jnp.array([0, S // 2 + 3, S])
+    found, found_k = fused_decode_attention(
+        qkv, norms, angles, cached, seen, PREVIOUS, block_length=block_length, eps=EPS, interpret=interpreter()
+    )
+    wide, (q_norm, k_norm), wide_cached = jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, norms, cached))
+    q, k, v = jnp.split(wide, (N, N + K), axis=2)
+    q, k = (rotate(rms_norm(x, norm, EPS), *angles) for x, norm in ((q, q_norm), (k, k_norm)))
+    exact = decode_attention(q, (k, v), wide_cached, seen, PREVIOUS, block_length=block_length)
+    assert found.dtype == found_k.dtype == bfloat16
+    assert np.linalg.norm(found_k - k) < 0.004 * np.linalg.norm(k)
+    assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)
+
+
+def test_shapes_that_the_kernel_is_not_made_for(monkeypatch):
+    monkeypatch.setattr("dmax_jax.kernels.block_decode.is_hopper", lambda: True)
+
+    def fits(T=32, heads=24, K=4, H=128, S=64, dtype=jnp.bfloat16):
+        return can_fuse(jnp.zeros((1, T, heads, H), dtype), (jnp.zeros((1, S, K, H), dtype),) * 2)
+
+    assert fits()
+    assert fits(T=64)
+    changes = ({"T": 96}, {"T": 20}, {"H": 64}, {"S": 96}, {"dtype": jnp.float32}, {"T": 8})
+    assert not any(fits(**change) for change in changes)
+    monkeypatch.undo()
+    assert not fits()  # no GPU
