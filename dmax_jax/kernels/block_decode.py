@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.attention import NEG_INF, masked_attention
-from dmax_jax.kernels.hopper import ROWS, Stream, barriers, is_hopper, shared_tile, stages_that_fit
+from dmax_jax.kernels.hopper import ROWS, Stream, barriers, is_hopper, kernel, shared_tile, stages_that_fit
 
 WARPGROUPS = 2  # that take every other tile of keys; one more fetches
 Pair = tuple[jax.Array, jax.Array]  # keys and values
@@ -31,16 +31,23 @@ def decode_attention(
     return masked_attention(q_BTNH, keys, values, jnp.concatenate([seen_BTS, own_BTT], axis=2))
 
 
-def can_fuse(qkv_BTNH: jax.Array, cached: Pair) -> bool:
+def can_fuse(qkv_BTNH: jax.Array, angles: Pair, cached: Pair) -> bool:
     """Whether device, dtype and shapes suit `fused_decode_attention`."""
     _, T, heads, H = qkv_BTNH.shape
     S, K = cached[0].shape[1:3]
     queries = (heads - 2 * K) // K
     dtypes = {array.dtype for array in (qkv_BTNH, *cached)}
-    suits = H == 128 and S % ROWS == 0 and T in (8, 16, 32, 64) and queries % (ROWS // T) == 0
+    suits = (
+        H == 128
+        and 2 * angles[0].shape[-1] in (64, 128)
+        and S % ROWS == 0
+        and T in (8, 16, 32, 64)
+        and queries % (ROWS // T) == 0
+    )
     return is_hopper() and dtypes == {jnp.dtype("bfloat16")} and suits
 
 
+@kernel("block_length", "eps")
 def fused_decode_attention(
     qkv_BTNH: jax.Array,
     norms: Pair,
@@ -67,9 +74,10 @@ def fused_decode_attention(
     K = cached[0].shape[2]
     N, dtype = heads - 2 * K, qkv_BTNH.dtype
     together = ROWS // T  # query heads in a block of threads
-    rotation = _rotations(angles, H, together)
+    turned = 2 * angles[0].shape[-1]  # dimensions that are rotated
+    rotation = _rotations(angles, together)
     tile_bytes = ROWS * H * dtype.itemsize
-    others = 3 * tile_bytes + H * H * dtype.itemsize + 2 * ROWS * ROWS * dtype.itemsize + ROWS * (H + 2) * 4
+    others = 3 * tile_bytes + turned**2 * dtype.itemsize + 2 * ROWS * ROWS * dtype.itemsize + ROWS * (H + 2) * 4
     stages = stages_that_fit(2 * tile_bytes, others, most=4)
     wgmma, by_row, by_column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -80,7 +88,7 @@ def fused_decode_attention(
         return lax.broadcast_in_dim(value, (ROWS, width), [0])
 
     def body(
-        qkv, q_norm, k_norm, cosines, sines, swap, cached_k, cached_v, seen, sees_previous, out, new_k,
+        qkv, q_norm, k_norm, cosines, sines, permutation, cached_k, cached_v, seen, sees_previous, out, new_k,
         q_s, own_k_s, own_v_s, swap_s, k_s, v_s, probs_s, acc_s, top_s, total_s,
         own_full, readied, handed_over, full, empty,
     ):  # fmt: skip
@@ -93,7 +101,7 @@ def fused_decode_attention(
         @pl.when(warpgroup == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
-            plgpu.copy_gmem_to_smem(swap, swap_s, own_full)
+            plgpu.copy_gmem_to_smem(permutation, swap_s, own_full)
             plgpu.copy_gmem_to_smem(qkv.at[row, :, N + head], own_k_s.at[pl.ds(0, T)], own_full)
             plgpu.copy_gmem_to_smem(qkv.at[row, :, N + K + head], own_v_s.at[pl.ds(0, T)], own_full)
             for number in range(together):
@@ -112,16 +120,17 @@ def fused_decode_attention(
             x = load(ref).astype(jnp.float32)
             x = x * over(lax.rsqrt(jnp.sum(x * x, axis=1) * (1 / H) + eps), H)
             weight = lax.broadcast_in_dim(load(norm, by_column).astype(jnp.float32), (ROWS, H), [1])
-            x = (x.astype(dtype).astype(jnp.float32) * weight).astype(dtype)
-            ref[...] = x
+            ref[...] = (x.astype(dtype).astype(jnp.float32) * weight).astype(dtype)
             plgpu.commit_smem()
+            part = ref.at[:, pl.ds(0, turned)]
 
-            def turn(swapped):
-                plgpu.wgmma(swapped, ref, swap_s)
+            def swap(swapped):
+                plgpu.wgmma(swapped, part, swap_s)
                 return swapped[...]
 
-            swapped = pl.run_scoped(turn, plgpu.ACC((ROWS, H), jnp.float32))
-            ref[...] = (x.astype(jnp.float32) * load(cosines.at[row]) + swapped * load(sines.at[row])).astype(dtype)
+            swapped = pl.run_scoped(swap, plgpu.ACC((ROWS, turned), jnp.float32))
+            straight = load(part).astype(jnp.float32)
+            part[...] = (straight * load(cosines.at[row]) + swapped * load(sines.at[row])).astype(dtype)
             plgpu.commit_smem()
 
         def attend(keys, values, visible, carry):
@@ -222,7 +231,7 @@ def fused_decode_attention(
         thread_name="warpgroup",
         scratch_types=[
             *[shared_tile((ROWS, H), dtype)] * 3,
-            shared_tile((H, H), dtype),
+            shared_tile((turned, turned), dtype),
             shared_tile((stages, ROWS, H), dtype),
             shared_tile((stages, ROWS, H), dtype),
             shared_tile((WARPGROUPS, ROWS, ROWS), dtype),
@@ -238,14 +247,11 @@ def fused_decode_attention(
     )(qkv_BTNH, *norms, *rotation, *cached, seen_B, sees_previous_B.astype(jnp.int32))
 
 
-def _rotations(angles: Pair, width: int, together: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x cos + (x swap) sin rotates rows [64, H]: cosines and sines [B, 64, H], and the signed permutation [H, H]."""
+def _rotations(angles: Pair, together: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x cos + (x swap) sin rotates rows: cosines and sines [B, 64, 2R], and the signed permutation [2R, 2R]."""
     half = angles[0].shape[-1]
-    rest = [(0, 0), (0, 0), (0, width - 2 * half)]
     cosines, sines = (jnp.tile(angle, (1, together, 2)) for angle in angles)
-    number = jnp.arange(width)
+    number = jnp.arange(2 * half)
     source, target = number[:, None], number[None, :]
-    forward = (source + half == target) & (target < 2 * half)
-    backward = (source == target + half) & (target < half)
-    swap = jnp.where(forward, 1, 0) - jnp.where(backward, 1, 0)
-    return jnp.pad(cosines, rest, constant_values=1), jnp.pad(sines, rest), swap.astype(jnp.bfloat16)
+    swap = jnp.where(source + half == target, 1, 0) - jnp.where(source == target + half, 1, 0)
+    return cosines, sines, swap.astype(jnp.bfloat16)

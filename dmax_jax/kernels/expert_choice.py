@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper
+from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper, kernel
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
 MAX_ROWS = ROWS  # of the kernel: a single warpgroup has to see all rows, and has registers for one product's
@@ -67,6 +67,7 @@ def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(upto_E[None, :] <= order_E[:, None], axis=1, dtype=jnp.int32), upto_E[-1:]
 
 
+@kernel("groups", "kept_groups", "experts_per_row", "scale")
 def choose_in_registers(
     scores_ME, biased_ME, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False
 ) -> Choice:
@@ -100,12 +101,14 @@ def choose_in_registers(
         left_GMN = [
             jnp.where(over_columns(kept_M), own, -jnp.inf) for kept_M, own in zip(kept_GM, biased_GMN, strict=True)
         ]
-        for _ in range(experts_per_row):
+
+        def take_best(_, left_GMN):
             best_MN = over_columns(jnp.max(functools.reduce(jnp.maximum, left_GMN), axis=1))
             at_GMN = [jnp.where(own == best_MN, at, E) for own, at in zip(left_GMN, columns_GMN, strict=True)]
             first_MN = over_columns(jnp.min(functools.reduce(jnp.minimum, at_GMN), axis=1))
-            left_GMN = [jnp.where(at == first_MN, -jnp.inf, own) for own, at in zip(left_GMN, columns_GMN, strict=True)]
-        return left_GMN, kept_GM
+            return [jnp.where(at == first_MN, -jnp.inf, own) for own, at in zip(left_GMN, columns_GMN, strict=True)]
+
+        return lax.fori_loop(0, experts_per_row, take_best, left_GMN), kept_GM
 
     def body(scores, biased, weights, ids, count, scores_s, biased_s, weights_s, active_s, upto_s, full):
         # The rows that there are; what stands in the others goes through everything and is left out at the end.
@@ -135,10 +138,12 @@ def choose_in_registers(
         active_ME = lax.broadcast_in_dim(load(active_s, layout.reduce(0)), (ROWS, E), [1])
         for first in range(0, E, ROWS):
             upto_s[pl.ds(first, ROWS)] = jnp.sum(jnp.where(column_ME <= row_ME + first, active_ME, 0), axis=1)
+
         plgpu.commit_smem()
         upto_ME = lax.broadcast_in_dim(load(upto_s, layout.reduce(0)), (ROWS, E), [1])
         for first in range(0, E, ROWS):
             ids[pl.ds(first, ROWS)] = jnp.sum(jnp.where(upto_ME <= row_ME + first, 1, 0), axis=1)
+
         count[0] = upto_s[E - 1]
         plgpu.wait_smem_to_gmem(0)
 

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a matrix product of one warpgroup; also the width of a stage in columns
 SHARED_BYTES = 227 * 1024  # that a block of threads may use
-RESERVED_BYTES = 2 * 1024  # of them for barriers and alignment
+RESERVED_BYTES = 6 * 1024  # of them for barriers and alignment
 
 
 @functools.cache
@@ -22,6 +22,14 @@ def is_hopper() -> bool:
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     return device.platform == "gpu" and capability == "9.0" and jax.__version_info__ >= (0, 11)
+
+
+def kernel(*settings: str):
+    """Decorates a function around a kernel: with the same settings and shapes it is lowered and compiled once.
+
+    Without that, every layer would have one of its own. `settings` are static arguments, beside `interpret`.
+    """
+    return functools.partial(jax.jit, static_argnames=(*settings, "interpret"))
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
-from dmax_jax.kernels.hopper import ROWS, Stream, barriers, multiprocessors, shared_tile, stages_that_fit
+from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
 
 MAX_ROWS = 128
 WARPGROUPS = 2  # that multiply; one more fetches
@@ -52,6 +52,7 @@ def streamed_experts(
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 
 
+@kernel("blocks")
 def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: int, interpret=False) -> jax.Array:
     """silu(gate x) * (up x) * weight of all rows in every expert: [E + 1, F, M]; M is 16, 32, 64 or 128.
 
@@ -154,6 +155,7 @@ def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: i
     )(x_MD, *routed, *shared, ids_E, count_1, weights_EM)
 
 
+@kernel("blocks")
 def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, blocks: int, interpret=False) -> jax.Array:
     """Sums down hidden over the listed experts and the shared one, in P parts that are left to be added: [P, M, D].
 

@@ -28,7 +28,7 @@ def attention(
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv_BTNH = (x_BTD @ weights.qkv.T).reshape(B, T, N + 2 * K, H)
-    if isinstance(visible, CachedBlocks) and can_fuse(qkv_BTNH, (cached.k_BSKH, cached.v_BSKH)):
+    if isinstance(visible, CachedBlocks) and can_fuse(qkv_BTNH, angles, (cached.k_BSKH, cached.v_BSKH)):
         out_BTNH, k_BTKH = fused_decode_attention(
             qkv_BTNH,
             (weights.q_norm, weights.k_norm),

@@ -67,12 +67,13 @@ def test_the_kernel_equals_the_plain_functions(T, block_length, N, K, S):
 def test_shapes_that_the_kernel_is_not_made_for(monkeypatch):
     monkeypatch.setattr("dmax_jax.kernels.block_decode.is_hopper", lambda: True)
 
-    def fits(T=32, heads=24, K=4, H=128, S=64, dtype=jnp.bfloat16):
-        return can_fuse(jnp.zeros((1, T, heads, H), dtype), (jnp.zeros((1, S, K, H), dtype),) * 2)
+    def fits(T=32, heads=24, K=4, H=128, R=32, S=64, dtype=jnp.bfloat16):
+        angles = (jnp.zeros((1, T, R)),) * 2
+        return can_fuse(jnp.zeros((1, T, heads, H), dtype), angles, (jnp.zeros((1, S, K, H), dtype),) * 2)
 
     assert fits()
     assert fits(T=64)
-    changes = ({"T": 96}, {"T": 20}, {"H": 64}, {"S": 96}, {"dtype": jnp.float32}, {"T": 8})
+    changes = ({"T": 96}, {"T": 20}, {"H": 64}, {"R": 16}, {"S": 96}, {"dtype": jnp.float32}, {"T": 8})
     assert not any(fits(**change) for change in changes)
     monkeypatch.undo()
     assert not fits()  # no GPU
