@@ -18,10 +18,14 @@ RESERVED_BYTES = 6 * 1024  # of them for barriers and alignment
 
 @functools.cache
 def is_hopper() -> bool:
-    """Whether the default device is one that these kernels run on, under a JAX that they are written for."""
+    """Whether this process sees one device, and one that these kernels run on, under a JAX that they are written for.
+
+    The compiler can't split a kernel over several devices, so there the plain functions run.
+    """
+    if jax.device_count() > 1 or jax.__version_info__ < (0, 11):
+        return False
     device = jax.devices()[0]
-    capability = getattr(device, "compute_capability", None)
-    return device.platform == "gpu" and capability == "9.0" and jax.__version_info__ >= (0, 11)
+    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
 
 
 def kernel(*settings: str):
