@@ -1,8 +1,8 @@
 """LLaDA-2.0-mini: 16,255,643,392 parameters, 20 layers of which 19 hold 256 experts each.
 
-For `python -m dmax_jax.benchmark decode`, which makes random weights of this shape. As a training it is the paper's
-recipe (batch 8, 2048 tokens, learning rate 2e-6) on answers of the base model: set `data.path`, and give the converted
-checkpoint in place of `model`.
+For `python -m dmax_jax.benchmark decode`, which makes random weights of this shape: 33 GB in bfloat16, so one H200. The
+training settings are the paper's (batch 8, 2048 tokens, learning rate 2e-6, two epochs of 0.7 million answers); to use
+them, set `data.path`, and `initial_checkpoint` to the converted model in place of `model`. No such training ran yet.
 """
 
 from dmax_jax.config import DataConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, RunConfig
@@ -34,7 +34,7 @@ def get_config() -> RunConfig:
             pad_token_id=156892,
         ),
         data=DataConfig(path="answers.jsonl", sequence_length=2048),
-        steps=10000,
+        steps=175_000,
         batch_size=8,
         objective=ObjectiveConfig(kind="oput", mask_rate_low=0.75, mask_rate_high=0.75),
         optimizer=OptimizerConfig(learning_rate=2e-6),

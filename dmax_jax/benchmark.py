@@ -9,7 +9,8 @@ forward, how many experts a forward runs, the bytes it has to read, and the time
 bandwidth measured in the same process: the limit. --routing=uniform sends every row to experts of its own choice, as in
 a model whose experts are balanced; random weights alone would make similar rows share theirs.
 
-The first block and the prefill are timed apart. Compilation is not part of any time but its own.
+The first block and the prefill are timed apart. Compilation is not part of any time but its own. The kernels for Hopper
+GPUs run in a process that sees a single one: CUDA_VISIBLE_DEVICES=0 picks it.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.config import ModelConfig, load_config
 from dmax_jax.decoding_flags import parse_mesh
 from dmax_jax.errors import InputError
+from dmax_jax.kernels.hopper import is_hopper
 from dmax_jax.measuring.bandwidth import read_bandwidth
 from dmax_jax.measuring.decoding import DecodeProblem, compile_decoding, required_bytes, time_decoding
 from dmax_jax.measuring.weights import random_params, route_uniformly
@@ -63,8 +65,8 @@ TPF = flags.DEFINE_float(
 )  # fmt: skip
 SEED = flags.DEFINE_integer("seed", 0, "Of weights and routing.", lower_bound=0, flag_values=FLAGS)
 BANDWIDTH_BYTES = flags.DEFINE_integer(
-    "bandwidth_bytes", 2**33, "Bytes per device that are read to measure the bandwidth.", lower_bound=4,
-    flag_values=FLAGS,
+    "bandwidth_bytes", None, "Bytes that every device reads to measure the bandwidth; default: 4 GiB on a GPU, 256 MiB "
+    "on a CPU.", lower_bound=4, flag_values=FLAGS,
 )  # fmt: skip
 PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of one more run.", flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", flag_values=FLAGS)
@@ -75,7 +77,10 @@ def main() -> None:
     if bool(CONFIG.value) == bool(CHECKPOINT.value):
         raise InputError("give either --config (random weights) or --checkpoint")
     output = prepare_output(OUTPUT.value) if OUTPUT.value else None
-    mesh = make_mesh(parse_mesh(MESH.value))
+    sizes = parse_mesh(MESH.value)
+    if sizes.data != 1 or sizes.expert != 1:
+        raise InputError(f"--mesh={MESH.value}: decoding is measured on tensor:N; the other axes would repeat the work")
+    mesh = make_mesh(sizes)
     use_compilation_cache()
     start = time.perf_counter()
     config, params = load_model(mesh)
@@ -85,8 +90,9 @@ def main() -> None:
     if ROUTING.value == "uniform":
         rows = problem.batch_size * max(problem.context, 2 * problem.block_length)
         routed = route_uniformly(params, rows, jax.random.key(SEED.value + 1))
-    bandwidth = read_bandwidth(mesh, BANDWIDTH_BYTES.value)
     times = time_decoding(routed, config, problem)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    bandwidth = read_bandwidth(mesh, BANDWIDTH_BYTES.value or (2**28 if on_cpu else 2**32))
     needed = required_bytes(params, config, problem, times.active_experts)
     if PROFILE.value:
         run = compile_decoding(routed, config, problem)
@@ -99,6 +105,7 @@ def main() -> None:
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
         "jax": jax.__version__,
+        "hopper_kernels": is_hopper(),
         "parameters": count_params(config),
         "weights_seconds": weights_seconds,
         "mean_context": problem.mean_context,
@@ -130,7 +137,8 @@ def table(record: dict) -> str:
     active, required = record["active_experts"], record["required_bytes"]
     rows = {
         "model": f"{record['parameters']:,} parameters, {record['dtype']}, {record['routing']} routing",
-        "devices": f"{record['devices']} x {record['device']}, jax {record['jax']}",
+        "devices": f"{record['devices']} x {record['device']}, jax {record['jax']}, "
+        f"{'Hopper kernels' if record['hopper_kernels'] else 'plain functions'}",
         "problem": f"{record['batch_size']} x {record['block_length']} positions per forward after "
         f"{record['mean_context']:.0f} positions, {record['steps_per_block']} forwards per block",
         "forward": f"{record['ms_per_forward']:.3f} ms (median of {record['repeats']}, slowest "

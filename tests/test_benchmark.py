@@ -50,6 +50,7 @@ def test_a_checkpoint_with_its_own_routing(capsys):
         (["decode"], "give either --config (random weights) or --checkpoint"),
         (["decode", "--checkpoint=demo", "--blocks=0"], "blocks=0 must be at least 1"),
         (["decode", "--checkpoint=demo", "--mesh=tensor:99"], "needs 99 devices; there are 8"),
+        (["decode", "--checkpoint=demo", "--mesh=data:2"], "decoding is measured on tensor:N"),
         (["decode", "--config=configs/stories_oput.py"], "the run starts from a checkpoint"),
     ],
 )

@@ -33,12 +33,13 @@ def decode_attention(
 
 def can_fuse(qkv_BTNH: jax.Array, angles: Pair, cached: Pair) -> bool:
     """Whether device, dtype and shapes suit `fused_decode_attention`."""
-    _, T, heads, H = qkv_BTNH.shape
+    B, T, heads, H = qkv_BTNH.shape
     S, K = cached[0].shape[1:3]
     queries = (heads - 2 * K) // K
     dtypes = {array.dtype for array in (qkv_BTNH, *cached)}
     suits = (
         H == 128
+        and angles[0].shape[0] == B
         and 2 * angles[0].shape[-1] in (64, 128)
         and S % ROWS == 0
         and T in (8, 16, 32, 64)
@@ -184,8 +185,14 @@ def fused_decode_attention(
             query_block = lax.div(lax.rem(at_query, T), block_length)
             key_block = lax.div(at_key, block_length)
 
+            def pass_over(step):
+                """Leaves a tile to the other warpgroup; both have to see every phase of a barrier."""
+                plgpu.barrier_wait(full.at[lax.rem(step, stages)])
+                plgpu.barrier_arrive(empty.at[lax.rem(step, stages)])
+
             def cached_tile(turn, carry):
                 step = warpgroup + turn * WARPGROUPS
+                pl.when(step > 0)(lambda: pass_over(step - 1))
                 slot = lax.rem(step, stages)
                 plgpu.barrier_wait(full.at[slot])
                 carry = attend(k_s.at[slot], v_s.at[slot], at_key + step * ROWS < seen[row], carry)
@@ -199,6 +206,8 @@ def fused_decode_attention(
             )
             turns = pl.cdiv(count - warpgroup, WARPGROUPS)
             acc, top, total = lax.fori_loop(0, turns, cached_tile, start)
+            is_left = (count > 0) & (lax.rem(count + 1, WARPGROUPS) != warpgroup)  # the last tile is the other's
+            pl.when(is_left)(lambda: pass_over(count - 1))
 
             @pl.when(warpgroup == 1)
             def _hand_over():
@@ -241,7 +250,7 @@ def fused_decode_attention(
             plgpu.Barrier(num_arrivals=3 + together),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             plgpu.Barrier(),
-            *barriers(copies=2, warpgroups=1, stages=stages),
+            *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
         ],
         interpret=interpret,
     )(qkv_BTNH, *norms, *rotation, *cached, seen_B, sees_previous_B.astype(jnp.int32))

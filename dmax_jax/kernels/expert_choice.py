@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper, kernel
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
+MAX_EXPERTS = 256  # whose scores, biased scores and weights shared memory has room for
 MAX_ROWS = ROWS  # of the kernel: a single warpgroup has to see all rows, and has registers for one product's
 
 
@@ -20,7 +21,7 @@ class Choice:
     """`ids_E` lists the experts in which some row has a weight, in ascending order; past the count it means nothing."""
 
     weights_ME: jax.Array  # float32; 0 where a row does not take an expert
-    columns_EM: jax.Array  # the same, an expert's weights side by side; may have more columns than rows, all 0
+    columns_EM: jax.Array  # the same, an expert's weights side by side; filled up with 0 to a multiple of 64 columns
     ids_E: jax.Array
     count_1: jax.Array
 
@@ -35,7 +36,7 @@ def choose_experts(
     settings = {"groups": groups, "kept_groups": kept_groups, "experts_per_row": experts_per_row, "scale": scale}
     plain = functools.partial(choose_by_ranks, **settings)
     M, E = scores_ME.shape
-    if is_hopper() and M <= MAX_ROWS and E % ROWS == E % (8 * groups) == 0 and E // groups > 1:
+    if is_hopper() and M <= MAX_ROWS and E <= MAX_EXPERTS and E % ROWS == E % (8 * groups) == 0:
         return differentiated_as(plain)(functools.partial(choose_in_registers, **settings))(scores_ME, biased_ME)
     return plain(scores_ME, biased_ME)
 
@@ -53,7 +54,8 @@ def choose_by_ranks(scores_ME, biased_ME, *, groups: int, kept_groups: int, expe
 
 def listed(weights_ME: jax.Array) -> Choice:
     """The choice that rows with these weights have made."""
-    return Choice(weights_ME, weights_ME.T, *list_active(jnp.any(weights_ME > 0, axis=0)))
+    columns_EM = jnp.pad(weights_ME.T, ((0, 0), (0, -len(weights_ME) % ROWS)))
+    return Choice(weights_ME, columns_EM, *list_active(jnp.any(weights_ME > 0, axis=0)))
 
 
 def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:

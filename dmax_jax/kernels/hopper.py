@@ -104,13 +104,13 @@ def barriers(copies: int, warpgroups: int, stages: int):
 def differentiated_as(plain):
     """Decorates a kernel: its gradients are those of the plain function that it stands for."""
 
-    def decorate(kernel):
+    def decorate(function):
         @jax.custom_vjp
         def run(*arguments):
-            return kernel(*arguments)
+            return function(*arguments)
 
         def forward(*arguments):
-            return kernel(*arguments), arguments
+            return function(*arguments), arguments
 
         def backward(arguments, out_gradient):
             return jax.vjp(plain, *arguments)[1](out_gradient)

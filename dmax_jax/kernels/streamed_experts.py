@@ -44,10 +44,9 @@ def streamed_experts(
     M = x_MD.shape[0]
     rows = max(16, 1 << (M - 1).bit_length())
     x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
-    columns_EM = jnp.pad(choice.columns_EM, ((0, 0), (0, max(0, rows - choice.columns_EM.shape[1]))))
     tiles = choice.ids_E, choice.count_1
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    hidden_AFM = expert_hidden(x_MD, experts[:2], shared[:2], *tiles, columns_EM, **how)
+    hidden_AFM = expert_hidden(x_MD, experts[:2], shared[:2], *tiles, choice.columns_EM, **how)
     parts_PMD = expert_outputs(hidden_AFM, experts[2], shared[2], *tiles, **how)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 

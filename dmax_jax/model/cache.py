@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from dmax_jax.config import ModelConfig
+from dmax_jax.kernels.hopper import ROWS
 
-TILE = 64  # positions that a kernel reads at once: a capacity in whole tiles suits it
+TILE = ROWS  # positions that a kernel reads at once: a capacity in whole tiles suits it
 
 
 @struct.dataclass

@@ -6,7 +6,7 @@ import pytest
 from dmax_jax.kernels.attention import masked_attention
 from dmax_jax.kernels.block_decode import can_fuse, decode_attention, fused_decode_attention
 from dmax_jax.model.layers import rms_norm, rotary_angles, rotate
-from tests.kernels.test_streamed_experts import interpreter, needs_interpreter
+from tests.kernels.interpreter import interpreted, needs_interpreter
 
 PREVIOUS = jnp.array([True, False, True])
 EPS = 1e-6
@@ -42,19 +42,25 @@ def test_a_position_sees_what_is_cached_and_new_blocks_up_to_its_own(T, block_le
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("T", "block_length", "N", "K", "S"), [(32, 32, 4, 2, 192), (64, 32, 4, 2, 128), (16, 8, 8, 2, 64)]
+    ("T", "block_length", "N", "K", "R", "seen"),
+    [
+        (32, 32, 4, 2, 32, [0, 99, 192]),
+        (64, 32, 4, 2, 32, [0, 67, 128]),
+        (16, 8, 8, 2, 32, [0, 35, 64]),
+        (64, 32, 1, 1, 32, [256, 300, 448]),  # more tiles than the ring has room for
+        (64, 32, 1, 1, 64, [320, 64, 384]),
+    ],
 )
-def test_the_kernel_equals_the_plain_functions(T, block_length, N, K, S):
+def test_the_kernel_equals_the_plain_functions(T, block_length, N, K, R, seen):
     rng = np.random.default_rng(T)
-    H, bfloat16 = 128, jnp.bfloat16
+    H, S, bfloat16 = 128, max(seen), jnp.bfloat16
     qkv = random(rng, 3, T, N + 2 * K, H, dtype=bfloat16)
     norms = [(1 + 0.1 * random(rng, H)).astype(bfloat16) for _ in range(2)]
     cached = [random(rng, 3, S, K, H, dtype=bfloat16) for _ in range(2)]
-    angles = rotary_angles(jnp.arange(3 * T).reshape(3, T) + 5, H // 2, 10000.0)
-    seen = jnp.array([0, S // 2 + 3, S])
-    found, found_k = fused_decode_attention(
-        qkv, norms, angles, cached, seen, PREVIOUS, block_length=block_length, eps=EPS, interpret=interpreter()
-    )
+    angles = rotary_angles(jnp.arange(3 * T).reshape(3, T) + 5, 2 * R, 10000.0)
+    seen = jnp.array(seen)
+    arguments = qkv, norms, angles, cached, seen, PREVIOUS
+    found, found_k = interpreted(fused_decode_attention, *arguments, block_length=block_length, eps=EPS)
     wide, (q_norm, k_norm), wide_cached = jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, norms, cached))
     q, k, v = jnp.split(wide, (N, N + K), axis=2)
     q, k = (rotate(rms_norm(x, norm, EPS), *angles) for x, norm in ((q, q_norm), (k, k_norm)))
@@ -67,13 +73,13 @@ def test_the_kernel_equals_the_plain_functions(T, block_length, N, K, S):
 def test_shapes_that_the_kernel_is_not_made_for(monkeypatch):
     monkeypatch.setattr("dmax_jax.kernels.block_decode.is_hopper", lambda: True)
 
-    def fits(T=32, heads=24, K=4, H=128, R=32, S=64, dtype=jnp.bfloat16):
-        angles = (jnp.zeros((1, T, R)),) * 2
+    def fits(T=32, heads=24, K=4, H=128, R=32, S=64, rows=1, dtype=jnp.bfloat16):
+        angles = (jnp.zeros((rows, T, R)),) * 2
         return can_fuse(jnp.zeros((1, T, heads, H), dtype), angles, (jnp.zeros((1, S, K, H), dtype),) * 2)
 
     assert fits()
     assert fits(T=64)
-    changes = ({"T": 96}, {"T": 20}, {"H": 64}, {"R": 16}, {"S": 96}, {"dtype": jnp.float32}, {"T": 8})
+    changes = ({"T": 96}, {"T": 20}, {"H": 64}, {"R": 16}, {"rows": 2}, {"S": 96}, {"dtype": jnp.float32}, {"T": 8})
     assert not any(fits(**change) for change in changes)
     monkeypatch.undo()
     assert not fits()  # no GPU

@@ -1,5 +1,3 @@
-"""The kernels under Pallas's interpreter, which runs blocks, warpgroups and barriers and looks for races."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +5,10 @@ import pytest
 
 from dmax_jax.kernels.expert_choice import listed
 from dmax_jax.kernels.routed_experts import ragged_experts
-from dmax_jax.kernels.streamed_experts import can_stream, streamed_experts
+from dmax_jax.kernels.streamed_experts import can_stream, expert_hidden, streamed_experts
+from tests.kernels.interpreter import interpreted, needs_interpreter
 from tests.kernels.test_routed_experts import draw
 
-needs_interpreter = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11")
 D, F, E, X = 256, 128, 12, 3  # the smallest sizes with two tiles of output features
 
 
@@ -18,33 +16,48 @@ def single(tree, dtype):
     return jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
 
 
-def interpreter():
-    from jax.experimental.pallas import mosaic_gpu
+def inputs_of(rows: int, among=None, chosen=X):
+    x, weights, experts, shared = draw(rows, rows, D, F, E, chosen, among, shared_width=F)
+    return *single((x, experts, shared), jnp.bfloat16), listed(single(weights, jnp.float32))
 
-    return mosaic_gpu.InterpretGPUParams(detect_races=True)
+
+def check(rows, among, blocks, chosen=X):
+    x, experts, shared, choice = inputs_of(rows, among, chosen)
+    assert can_stream(x, experts, shared)
+    found = interpreted(streamed_experts, x, choice, experts, shared, blocks=blocks)
+    wide = single((x, experts, shared), jnp.float32)
+    exact = ragged_experts(wide[0], choice, *wide[1:], experts_per_row=max(chosen, 1))
+    assert found.dtype == jnp.bfloat16
+    assert np.linalg.norm(found - exact) < 0.004 * np.linalg.norm(exact)  # bfloat16 between the two products
+    return choice
 
 
 @needs_interpreter
 @pytest.mark.parametrize("blocks", [2, 5])
-@pytest.mark.parametrize(
-    ("rows", "among"), [(1, None), (16, None), (20, [7]), (32, [0, 4, 11]), (64, None), (128, None)]
-)
+@pytest.mark.parametrize(("rows", "among"), [(1, None), (20, [7, 8, 9]), (32, [0, 4, 11]), (64, None), (128, None)])
 def test_the_kernels_equal_the_plain_function(rows, among, blocks):
-    chosen = X if among is None else len(among)
-    inputs = draw(rows, rows, D, F, E, chosen, among, shared_width=F)
-    x, experts, shared = single((inputs[0], *inputs[2:]), jnp.bfloat16)
-    choice = listed(single(inputs[1], jnp.float32))
-    assert can_stream(x, experts, shared)
-    found = streamed_experts(x, choice, experts, shared, blocks=blocks, interpret=interpreter())
-    wide = single((x, experts, shared), jnp.float32)
-    exact = ragged_experts(wide[0], choice, *wide[1:], experts_per_row=chosen)
-    assert found.dtype == jnp.bfloat16
-    assert np.linalg.norm(found - exact) < 0.004 * np.linalg.norm(exact)  # bfloat16 between the two products
+    check(rows, among, blocks)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("chosen", [0, 1, E])
+def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen):
+    choice = check(16, None if chosen == E else [5], blocks=9, chosen=chosen)
+    assert choice.count_1.tolist() == [chosen]
+
+
+@needs_interpreter
+def test_the_first_kernel_alone_has_no_races_either():
+    x, experts, shared, choice = inputs_of(32)
+    arguments = x, tuple(experts[:2]), tuple(shared[:2]), choice.ids_E, choice.count_1, choice.columns_EM
+    hidden = interpreted(expert_hidden, *arguments, blocks=5)
+    gate, up = (np.asarray(x @ array.T, np.float32) for array in shared[:2])
+    expected = (gate / (1 + np.exp(-gate)) * up).T  # behind the listed ones
+    np.testing.assert_allclose(hidden[choice.count_1[0]], expected, rtol=0, atol=0.02 * np.abs(expected).max())
 
 
 def test_shapes_that_the_kernels_are_not_made_for_are_refused():
-    inputs = draw(0, 4, D, F, E, X, shared_width=F)
-    x, experts, shared = single((inputs[0], *inputs[2:]), jnp.bfloat16)
+    x, experts, shared, _ = inputs_of(4)
     assert can_stream(x, experts, shared)
     assert not can_stream(*single((x, experts, shared), jnp.float32))
     assert not can_stream(jnp.zeros((129, D), jnp.bfloat16), experts, shared)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.errors import InputError
+from dmax_jax.measuring import decoding
 from dmax_jax.measuring.decoding import (
     DecodeProblem,
     compile_decoding,
@@ -62,6 +63,19 @@ def test_required_bytes_by_hand():
     # Two layers, two rows; timed blocks start at 12, 16 and 20.
     assert needed.cache == 2 * 2 * 16 * (2 * 2 * 8 * 4)
     assert needed.total == needed.experts + needed.head + needed.other_weights + needed.cache
+
+
+def test_a_forward_is_what_more_blocks_take_and_the_rest_is_the_prefill(monkeypatch):
+    clock = [0.0]
+
+    def run(blocks):
+        clock[0] += 10 + 3 * blocks * PROBLEM.steps_per_block
+
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(decoding, "compile_decoding", lambda *_: run)
+    monkeypatch.setattr(decoding, "mean_active_experts", lambda *_: [])
+    times = time_decoding(small_params(), SMALL, PROBLEM)
+    assert (times.ms_per_forward, times.slowest_ms_per_forward, times.prefill_ms) == (3000, 3000, 10000)
 
 
 def test_a_model_without_experts_is_measured_too():

@@ -1,0 +1,58 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dmax_jax.kernels.hopper import differentiated_as, is_hopper
+from tests.kernels.interpreter import interpreted, needs_interpreter
+
+
+def exchange(x, *, waits: bool, interpret):
+    """Two warpgroups: one writes shared memory, the other copies it out, after the first one or not."""
+
+    def body(source, out, shared, written):
+        @pl.when(lax.axis_index("warpgroup") == 0)
+        def _write():
+            shared[...] = source[...]
+            plgpu.barrier_arrive(written)
+
+        @pl.when(lax.axis_index("warpgroup") == 1)
+        def _read():
+            if waits:
+                plgpu.barrier_wait(written)
+            out[...] = shared[...]
+            if not waits:
+                plgpu.barrier_wait(written)
+
+    return plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        num_threads=2,
+        thread_name="warpgroup",
+        scratch_types=[plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier()],
+        interpret=interpret,
+    )(x)
+
+
+@needs_interpreter
+def test_the_interpreter_sees_a_race():
+    x = jnp.arange(128.0)
+    np.testing.assert_array_equal(interpreted(functools.partial(exchange, waits=True), x), x)
+    with pytest.raises(AssertionError):
+        interpreted(functools.partial(exchange, waits=False), x)
+
+
+def test_gradients_are_those_of_the_plain_function():
+    run = differentiated_as(lambda x: (x**3, x))(lambda x: (2 * x, x))
+    value, pull_back = jax.vjp(run, 3.0)
+    assert value == (6.0, 3.0)
+    assert pull_back((1.0, 10.0)) == (37.0,)
+
+
+def test_a_cpu_is_no_hopper_gpu():
+    assert not is_hopper()
