@@ -13,7 +13,7 @@ from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper, kernel
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
 MAX_EXPERTS = 256  # whose scores, biased scores and weights shared memory has room for
-MAX_ROWS = ROWS  # of the kernel: a single warpgroup has to see all rows, and has registers for one product's
+MAX_ROWS = ROWS  # of the kernel: one warpgroup has to see all rows, and has registers for no more
 
 
 @struct.dataclass

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper
+from dmax_jax.kernels.layers import swiglu
 from dmax_jax.kernels.streamed_experts import Matrices, can_stream, streamed_experts
 
 # Up to this many experts it is cheapest, on a CPU and on a GPU, to let every expert see every row.
@@ -33,9 +34,9 @@ def dense_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Ma
     """`routed_experts` by products over all experts; the weight of an expert that is not chosen is zero."""
     gate_EFD, up_EFD, down_EDF = experts
     E, F, D = gate_EFD.shape
-    hidden_MEF = _swish(x_MD, gate_EFD.reshape(E * F, D), up_EFD.reshape(E * F, D)).reshape(-1, E, F)
-    hidden_MEF = hidden_MEF * choice.weights_ME[:, :, None].astype(x_MD.dtype)
-    return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF) + _shared_expert(x_MD, shared)
+    hidden_MEF = jax.nn.silu(x_MD @ gate_EFD.reshape(E * F, D).T) * (x_MD @ up_EFD.reshape(E * F, D).T)
+    hidden_MEF = hidden_MEF.reshape(-1, E, F) * choice.weights_ME[:, :, None].astype(x_MD.dtype)
+    return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF) + swiglu(x_MD, *shared)
 
 
 def ragged_experts(
@@ -55,13 +56,4 @@ def ragged_experts(
     out_PD = jax.lax.ragged_dot(jax.nn.silu(gate_PF) * up_PF, down_EDF.swapaxes(1, 2), sizes_E)
     # Put back in the order of the rows and summed there: a scatter would add in the rounding and order of its own.
     out_MXD = out_PD[jnp.argsort(order_P)].reshape(M, X, -1)
-    return jnp.einsum("mxd,mx->md", out_MXD, weights_MX).astype(x_MD.dtype) + _shared_expert(x_MD, shared)
-
-
-def _swish(x_MD: jax.Array, gate_FD: jax.Array, up_FD: jax.Array) -> jax.Array:
-    return jax.nn.silu(x_MD @ gate_FD.T) * (x_MD @ up_FD.T)
-
-
-def _shared_expert(x_MD: jax.Array, shared: Matrices) -> jax.Array:
-    gate_FD, up_FD, down_DF = shared
-    return _swish(x_MD, gate_FD, up_FD) @ down_DF.T
+    return jnp.einsum("mxd,mx->md", out_MXD, weights_MX).astype(x_MD.dtype) + swiglu(x_MD, *shared)

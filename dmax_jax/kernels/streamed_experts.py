@@ -79,7 +79,7 @@ def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: i
             def load(step, slot, barrier):
                 listed, feature = place(lax.div(step, steps))
                 is_shared = listed == count[0]
-                expert = jnp.minimum(ids[jnp.minimum(listed, E - 1)], E - 1)
+                expert = _expert_at(ids, listed)
                 features = pl.ds(feature * tile, tile)
                 columns = pl.ds(lax.rem(step, steps) * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(x.at[:, columns], x_s.at[slot], barrier)
@@ -104,7 +104,7 @@ def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: i
             @pl.loop(0, own)
             def _tile(turn):
                 listed, feature = place(turn)
-                expert = jnp.minimum(ids[jnp.minimum(listed, E - 1)], E - 1)
+                expert = _expert_at(ids, listed)
                 weight_M = plgpu.load(
                     weights.at[expert, pl.ds(0, M)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
                 )
@@ -160,7 +160,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
 
     The parts are float32. A block of threads has 128 output features and every P-th expert.
     """
-    (_, F, M), (E, D, _) = hidden_AFM.shape, down_EDF.shape
+    (_, F, M), D = hidden_AFM.shape, down_EDF.shape[1]
     dtype, tile = hidden_AFM.dtype, WARPGROUPS * ROWS
     steps, parts = F // ROWS, max(1, blocks // (D // tile))
     stages = stages_that_fit((tile + M) * ROWS * dtype.itemsize, tile * M * 4)
@@ -178,7 +178,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
             def load(step, slot, barrier):
                 listed = part + lax.div(step, steps) * parts
                 is_shared = listed == count[0]
-                expert = jnp.minimum(ids[jnp.minimum(listed, E - 1)], E - 1)
+                expert = _expert_at(ids, listed)
                 columns = pl.ds(lax.rem(step, steps) * ROWS, ROWS)
                 plgpu.copy_gmem_to_smem(hidden.at[listed, columns], hidden_s.at[slot], barrier)
 
@@ -230,3 +230,9 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
         compiler_params=PARAMS,
         interpret=interpret,
     )(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1)
+
+
+def _expert_at(ids, place: jax.Array) -> jax.Array:
+    """The expert that stands at a place of the list; any expert past its end, where the shared one is."""
+    last = ids.shape[0] - 1
+    return jnp.minimum(ids[jnp.minimum(place, last)], last)

@@ -39,7 +39,7 @@ class DecodeProblem:
 
     @property
     def forwards(self) -> int:
-        """That are timed, in every repeat."""
+        """Forwards that are timed in every repeat."""
         return self.blocks * self.steps_per_block
 
     @property

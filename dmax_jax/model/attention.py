@@ -5,9 +5,9 @@ import jax.numpy as jnp
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
-from dmax_jax.kernels.block_decode import can_fuse, decode_attention, fused_decode_attention
+from dmax_jax.kernels.decode_attention import decode_attention
+from dmax_jax.kernels.layers import rms_norm, rotate
 from dmax_jax.model.cache import LayerKV
-from dmax_jax.model.layers import rms_norm, rotate
 from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
 from dmax_jax.model.params import Attention
 
@@ -28,8 +28,8 @@ def attention(
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     qkv_BTNH = (x_BTD @ weights.qkv.T).reshape(B, T, N + 2 * K, H)
-    if isinstance(visible, CachedBlocks) and can_fuse(qkv_BTNH, angles, (cached.k_BSKH, cached.v_BSKH)):
-        out_BTNH, k_BTKH = fused_decode_attention(
+    if isinstance(visible, CachedBlocks):
+        out_BTNH, k_BTKH = decode_attention(
             qkv_BTNH,
             (weights.q_norm, weights.k_norm),
             angles,
@@ -48,10 +48,6 @@ def attention(
         earlier = new if cached is None else cached
         pairs = [(kv.k_BSKH, kv.v_BSKH) for kv in (new, earlier)]
         out_BTNH = block_attention(q_BTNH, *pairs, block_length=visible.block_length)
-    elif isinstance(visible, CachedBlocks):
-        pairs = [(kv.k_BSKH, kv.v_BSKH) for kv in (new, cached)]
-        limits = visible.seen_B, visible.sees_previous_B
-        out_BTNH = decode_attention(q_BTNH, *pairs, *limits, block_length=visible.block_length)
     else:
         seen = new if cached is None else jax.tree.map(lambda old, own: jnp.concatenate([old, own], 1), cached, new)
         out_BTNH = masked_attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible)

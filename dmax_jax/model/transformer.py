@@ -8,9 +8,9 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
+from dmax_jax.kernels.layers import rms_norm, rotary_angles, swiglu
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
-from dmax_jax.model.layers import rms_norm, rotary_angles, swiglu
 from dmax_jax.model.masks import Visible
 from dmax_jax.model.moe import moe
 from dmax_jax.model.params import Layer, Moe, Params
@@ -61,7 +61,7 @@ def _layer(x_BTD, layer: Layer, angles, visible, cached, config: ModelConfig):
     with jax.named_scope("mlp"):
         normal_BTD = rms_norm(x_BTD, layer.mlp_norm, config.rms_norm_eps)
         if not isinstance(layer.mlp, Moe):
-            return x_BTD + swiglu(normal_BTD, layer.mlp), new, None
+            return x_BTD + swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down), new, None
         out_BTD, load_E = moe(normal_BTD, layer.mlp, config)
         return x_BTD + out_BTD, new, load_E
 

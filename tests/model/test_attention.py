@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmax_jax.kernels.block_decode import fused_decode_attention
-from dmax_jax.model import attention as module
+from dmax_jax.kernels import decode_attention as kernels
+from dmax_jax.kernels.layers import rotary_angles
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import LayerKV
-from dmax_jax.model.layers import rotary_angles
 from dmax_jax.model.masks import CachedBlocks
 from dmax_jax.model.params import Attention
 from tests.kernels.interpreter import interpreted, needs_interpreter
@@ -32,8 +31,9 @@ def test_the_fused_kernel_and_the_plain_functions_are_one_attention(monkeypatch)
     visible = CachedBlocks(jnp.array([40, 0]), jnp.array([True, False]), 32)
     cached = LayerKV(10 * random(B, S, K, H), 10 * random(B, S, K, H))
     expected = attention(x_BTD, weights, angles, visible, cached, config)
-    monkeypatch.setattr(module, "can_fuse", lambda *_: True)
-    monkeypatch.setattr(module, "fused_decode_attention", functools.partial(interpreted, fused_decode_attention))
+    kernel = functools.partial(interpreted, kernels.fused_decode_attention)
+    monkeypatch.setattr(kernels, "can_fuse", lambda *_: True)
+    monkeypatch.setattr(kernels, "fused_decode_attention", kernel)
     found = attention(x_BTD, weights, angles, visible, cached, config)
 
     def close(a, b):

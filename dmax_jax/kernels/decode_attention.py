@@ -8,27 +8,50 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.attention import NEG_INF, masked_attention
 from dmax_jax.kernels.hopper import ROWS, Stream, barriers, is_hopper, kernel, shared_tile, stages_that_fit
+from dmax_jax.kernels.layers import rms_norm, rotate
 
 WARPGROUPS = 2  # that take every other tile of keys; one more fetches
-Pair = tuple[jax.Array, jax.Array]  # keys and values
+Pair = tuple[jax.Array, jax.Array]  # of keys and values; weights for queries and keys; cosines and sines
 
 
 def decode_attention(
-    q_BTNH: jax.Array, own: Pair, cached: Pair, seen_B: jax.Array, sees_previous_B: jax.Array, *, block_length: int
-) -> jax.Array:
-    """Attention of T new positions, in blocks, over their `own` keys and values [B, T, K, H] and `cached` ones.
+    qkv_BTNH: jax.Array,
+    norms: Pair,
+    angles: Pair,
+    cached: Pair,
+    seen_B: jax.Array,
+    sees_previous_B: jax.Array,
+    *,
+    block_length: int,
+    eps: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of T new positions, in blocks, over themselves and the `cached` keys and values [B, S, K, H].
 
-    A position sees the first `seen_B` of the S cached positions, its own block, and the new blocks before it in rows
-    where `sees_previous_B`. Softmax in float32. Returns [B, T, N, H].
+    `qkv_BTNH` are the query, key and value heads of a projection; queries and keys get an RMS norm with the weights [H]
+    of `norms`, then a rotation by `angles`, cosines and sines [B, T, R] in float32. A position sees the first `seen_B`
+    of the cached positions, its own block, and the new blocks before it in rows where `sees_previous_B`. Softmax in
+    float32. Returns the output [B, T, N, H] and the new keys [B, T, K, H].
     """
-    B, T = q_BTNH.shape[:2]
-    S = cached[0].shape[1]
+    implementation = fused_decode_attention if can_fuse(qkv_BTNH, angles, cached) else plain_decode_attention
+    limits = seen_B, sees_previous_B
+    return implementation(qkv_BTNH, norms, angles, cached, *limits, block_length=block_length, eps=eps)
+
+
+def plain_decode_attention(
+    qkv_BTNH, norms: Pair, angles: Pair, cached: Pair, seen_B, sees_previous_B, *, block_length: int, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """`decode_attention` under a mask over cached and new positions."""
+    B, T, heads, _ = qkv_BTNH.shape
+    S, K = cached[0].shape[1:3]
+    N = heads - 2 * K
+    q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, (N, N + K), axis=2)
+    q_BTNH, k_BTKH = (rotate(rms_norm(x, norm, eps), *angles) for x, norm in zip((q_BTNH, k_BTKH), norms, strict=True))
     block_T = jnp.arange(T) // block_length
     seen_BTS = jnp.broadcast_to((jnp.arange(S)[None] < seen_B[:, None])[:, None], (B, T, S))
     before_1TT = (block_T[None, :] < block_T[:, None])[None]
     own_BTT = (block_T[None, :] == block_T[:, None])[None] | (before_1TT & sees_previous_B[:, None, None])
-    keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(cached, own, strict=True))
-    return masked_attention(q_BTNH, keys, values, jnp.concatenate([seen_BTS, own_BTT], axis=2))
+    keys, values = (jnp.concatenate(pair, axis=1) for pair in zip(cached, (k_BTKH, v_BTKH), strict=True))
+    return masked_attention(q_BTNH, keys, values, jnp.concatenate([seen_BTS, own_BTT], axis=2)), k_BTKH
 
 
 def can_fuse(qkv_BTNH: jax.Array, angles: Pair, cached: Pair) -> bool:
@@ -61,11 +84,7 @@ def fused_decode_attention(
     eps: float,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
-    """RMS norm and rotation of queries and keys, and `decode_attention`, in one kernel for a Hopper GPU.
-
-    `qkv_BTNH` are a projection's query, key and value heads, `norms` the weights [H] for queries and keys, `angles`
-    cosines and sines [B, T, R] in float32, which rotate the first 2R dimensions half against half. Returns the output
-    and the new keys [B, T, K, H].
+    """`decode_attention` in one kernel for a Hopper GPU.
 
     A block of threads has 64 rows of queries: all T positions in as many query heads of one key head. Of its two
     warpgroups one readies the queries, the other the new keys; then they take every other tile of 64 cached positions,

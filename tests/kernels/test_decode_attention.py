@@ -4,8 +4,13 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels.attention import masked_attention
-from dmax_jax.kernels.block_decode import can_fuse, decode_attention, fused_decode_attention
-from dmax_jax.model.layers import rms_norm, rotary_angles, rotate
+from dmax_jax.kernels.decode_attention import (
+    can_fuse,
+    decode_attention,
+    fused_decode_attention,
+    plain_decode_attention,
+)
+from dmax_jax.kernels.layers import rms_norm, rotary_angles, rotate
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
 PREVIOUS = jnp.array([True, False, True])
@@ -33,11 +38,19 @@ def expected(q, own, cached, seen, block_length):
 @pytest.mark.parametrize(("T", "block_length"), [(4, 4), (8, 4), (9, 3)])
 def test_a_position_sees_what_is_cached_and_new_blocks_up_to_its_own(T, block_length):
     rng = np.random.default_rng(T)
-    q = random(rng, 3, T, 4, 8)
-    own, cached = ([random(rng, 3, length, 2, 8) for _ in range(2)] for length in (T, 20))
-    seen = jnp.array([0, 13, 20])
-    found = decode_attention(q, own, cached, seen, PREVIOUS, block_length=block_length)
-    np.testing.assert_allclose(found, expected(q, own, cached, seen, block_length), rtol=0, atol=1e-5)
+    N, K, H = 4, 2, 8
+    qkv, norms = random(rng, 3, T, N + 2 * K, H), [random(rng, H) for _ in range(2)]
+    cached, seen = [random(rng, 3, 20, K, H) for _ in range(2)], jnp.array([0, 13, 20])
+    angles = rotary_angles(jnp.arange(3 * T).reshape(3, T), 4, 100.0)
+    arguments = qkv, norms, angles, cached, seen, PREVIOUS
+    out, new_k = decode_attention(*arguments, block_length=block_length, eps=EPS)
+    q, k = (
+        rotate(rms_norm(x, norm, EPS), *angles)
+        for x, norm in zip(jnp.split(qkv, (N, N + K), axis=2)[:2], norms, strict=True)
+    )
+    np.testing.assert_allclose(new_k, k, rtol=0, atol=1e-6)
+    own = k, qkv[:, :, N + K :]
+    np.testing.assert_allclose(out, expected(q, own, cached, seen, block_length), rtol=0, atol=1e-5)
 
 
 @needs_interpreter
@@ -61,17 +74,16 @@ def test_the_kernel_equals_the_plain_functions(T, block_length, N, K, R, seen):
     seen = jnp.array(seen)
     arguments = qkv, norms, angles, cached, seen, PREVIOUS
     found, found_k = interpreted(fused_decode_attention, *arguments, block_length=block_length, eps=EPS)
-    wide, (q_norm, k_norm), wide_cached = jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, norms, cached))
-    q, k, v = jnp.split(wide, (N, N + K), axis=2)
-    q, k = (rotate(rms_norm(x, norm, EPS), *angles) for x, norm in ((q, q_norm), (k, k_norm)))
-    exact = decode_attention(q, (k, v), wide_cached, seen, PREVIOUS, block_length=block_length)
+    wide, wide_norms, wide_cached = jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, norms, cached))
+    arguments = wide, wide_norms, angles, wide_cached, seen, PREVIOUS
+    exact, k = plain_decode_attention(*arguments, block_length=block_length, eps=EPS)
     assert found.dtype == found_k.dtype == bfloat16
     assert np.linalg.norm(found_k - k) < 0.004 * np.linalg.norm(k)
     assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)
 
 
 def test_shapes_that_the_kernel_is_not_made_for(monkeypatch):
-    monkeypatch.setattr("dmax_jax.kernels.block_decode.is_hopper", lambda: True)
+    monkeypatch.setattr("dmax_jax.kernels.decode_attention.is_hopper", lambda: True)
 
     def fits(T=32, heads=24, K=4, H=128, R=32, S=64, rows=1, dtype=jnp.bfloat16):
         angles = (jnp.zeros((rows, T, R)),) * 2

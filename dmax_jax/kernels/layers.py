@@ -3,8 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from dmax_jax.model.params import Mlp
-
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Normalises the last axis in float32, casts back, then scales by `weight`: the official code's order."""
@@ -28,5 +26,5 @@ def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Arr
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def swiglu(x: jax.Array, mlp: Mlp) -> jax.Array:
-    return (jax.nn.silu(x @ mlp.gate.T) * (x @ mlp.up.T)) @ mlp.down.T
+def swiglu(x: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array) -> jax.Array:
+    return (jax.nn.silu(x @ gate_FD.T) * (x @ up_FD.T)) @ down_DF.T
