@@ -103,6 +103,10 @@ class Study:
     def training(self, name: str) -> Training:
         return next(training for training in self.trainings if training.name == name)
 
+    def length_of(self, training: Training) -> tuple[int, int]:
+        """Its steps and batch size."""
+        return training.steps or self.run.steps, training.batch_size or self.run.batch_size
+
     def rows_of(self, training: str) -> list[Row]:
         return [row for row in self.rows if row.training == training]
 

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import glob
 import json
+import math
 import pathlib
 import sys
 import time
@@ -150,9 +151,18 @@ def count_shards(study: Study) -> int:
 
 
 def point_pieces(study: Study, workdir: pathlib.Path, rows: Sequence[Row]) -> list[Piece]:
-    """A piece per row and seed; who takes one trains the model and measures all of its rows. First seeds come first."""
+    """A piece per row and seed; who takes one trains the model and measures all of its rows.
+
+    What takes longest comes first (the base, whose rows are many, then long trainings), so that no process is left
+    alone with it at the end; after that the first seeds.
+    """
+
+    def length(name: str) -> float:
+        return math.inf if name == BASE else math.prod(study.length_of(study.training(name)))
+
     most = max((study.seeds_of(row) for row in rows), default=0)
     models = [(name, seed) for seed in range(most) for name in dict.fromkeys(row.training for row in rows)]
+    models.sort(key=lambda model: length(model[0]), reverse=True)
 
     def piece(row: Row, seed: int) -> Piece:
         own = [other for other in rows if other.training == row.training]
@@ -193,13 +203,13 @@ def planned_run(study: Study, workdir: pathlib.Path, name: str, seed: int) -> Ru
         sequence_length=study.run.data.sequence_length,
         workers=study.run.data.workers,
     )
-    steps = training.steps or study.run.steps
+    steps, batch_size = study.length_of(training)
     return dataclasses.replace(
         study.run,
         initial_checkpoint=str(checkpoint_directory(study.base)),
         data=data,
         steps=steps,
-        batch_size=training.batch_size or study.run.batch_size,
+        batch_size=batch_size,
         seed=seed,
         block_length=training.block_length,
         objective=training.objective,

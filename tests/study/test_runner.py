@@ -129,6 +129,15 @@ def test_both_kinds_of_answers_are_to_the_same_questions(done, tmp_path, monkeyp
     assert rows == [story(1, index, "train") for index in range(4)]
 
 
+def test_what_takes_longest_comes_first(tmp_path):
+    study = make_study()
+    longer = dataclasses.replace(study.trainings[0], name="long", steps=9, seeds=1)
+    rows = (*study.rows, dataclasses.replace(study.rows[1], name="long", training="long"))
+    study = dataclasses.replace(study, trainings=(*study.trainings, longer), rows=rows)
+    pieces = runner.point_pieces(study, tmp_path, rows)
+    assert [piece.path.stem for piece in pieces] == ["base-0", "long-0", "spd-0", "spd-1"]
+
+
 def test_what_fails_is_told_and_keeps_nothing_else_from_being_done(tmp_path, capsys):
     def fail() -> None:
         raise InputError("it diverged")
