@@ -56,11 +56,12 @@ def plot_settling(study: Study, records: Records, threshold: float, path: pathli
         left.plot(forwards, [100 * share for share in settling["running"]], label=row.label, **style)
         right.plot(forwards, settling["entropy"], **style)
     left.set_ylabel("blocks still running, %")
-    right.set_ylabel("entropy of the top-1 confidence, nats")
+    right.set_ylabel("entropy of top-1 confidence, nats")
     for axes in (left, right):
         axes.set_xlabel("forward within the block")
         axes.set_ylim(bottom=0)
-    left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.01), ncols=2, fontsize=8.5)
+    # The figure's, not the left axes', which would be narrowed to make room for it.
+    figure.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.05, 1), ncols=3, fontsize=8.5)
     _save(figure, path)
     return True
 
