@@ -219,6 +219,7 @@ class RunConfig:
     accumulation: int = 1  # parts in which a batch is worked through, to save memory
     dtype: str = "bfloat16"  # of the computation; master weights and moments are float32
     seed: int = 0
+    deterministic: bool = False  # the same numbers from every start on GPUs of a kind, at 0.7 times the speed
     log_every: int = 10
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

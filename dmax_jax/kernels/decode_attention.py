@@ -1,5 +1,8 @@
 """Attention of a few positions per row over a key/value cache, for decoding block by block."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,10 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.attention import NEG_INF, masked_attention
-from dmax_jax.kernels.hopper import ROWS, Stream, barriers, is_hopper, kernel, shared_tile, stages_that_fit
+from dmax_jax.kernels.hopper import ROWS, is_hopper, kernel, multiprocessors, shared_tile, stages_that_fit
 from dmax_jax.kernels.layers import rms_norm, rotate
 
-WARPGROUPS = 2  # that take every other tile of keys; one more fetches
+MAX_PARTS = 8  # blocks of threads in a cluster
+PARAMS = plgpu.CompilerParams(approx_math=True)
+LOG2_E = math.log2(math.e)
 Pair = tuple[jax.Array, jax.Array]  # of keys and values; weights for queries and keys; cosines and sines
 
 
@@ -71,7 +76,7 @@ def can_fuse(qkv_BTNH: jax.Array, angles: Pair, cached: Pair) -> bool:
     return is_hopper() and dtypes == {jnp.dtype("bfloat16")} and suits
 
 
-@kernel("block_length", "eps")
+@kernel("block_length", "eps", "parts")
 def fused_decode_attention(
     qkv_BTNH: jax.Array,
     norms: Pair,
@@ -82,22 +87,27 @@ def fused_decode_attention(
     *,
     block_length: int,
     eps: float,
+    parts: int | None = None,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` in one kernel for a Hopper GPU.
 
-    A block of threads has 64 rows of queries: all T positions in as many query heads of one key head. Of its two
-    warpgroups one readies the queries, the other the new keys; then they take every other tile of 64 cached positions,
-    and only of those that are seen, and join what they have. The rotation is a product with a signed permutation.
+    A cluster of `parts` blocks of threads (default: as many as there is room for) has 64 rows of queries: all T
+    positions in as many query heads of one key head. Each block readies the queries and takes every `parts`-th tile of
+    64 keys, of those that are seen; one of them has the new keys. What they have goes through memory to the others, and
+    each joins its share of the columns.
     """
     B, T, heads, H = qkv_BTNH.shape
     K = cached[0].shape[2]
     N, dtype = heads - 2 * K, qkv_BTNH.dtype
-    together = ROWS // T  # query heads in a block of threads
-    turned = 2 * angles[0].shape[-1]  # dimensions that are rotated
-    rotation = _rotations(angles, together)
+    together = ROWS // T  # query heads in a cluster
+    half = angles[0].shape[-1]
+    pieces = (0, half), (half, 2 * half), (2 * half, H)
+    groups = N // together
+    parts = parts or parts_that_fit(B * groups)
+    share = H // parts  # columns of the output that a block writes
     tile_bytes = ROWS * H * dtype.itemsize
-    others = 3 * tile_bytes + turned**2 * dtype.itemsize + 2 * ROWS * ROWS * dtype.itemsize + ROWS * (H + 2) * 4
+    others = tile_bytes + ROWS * (H + 2 * half) * 4 + ROWS * (ROWS + share) * dtype.itemsize
     stages = stages_that_fit(2 * tile_bytes, others, most=4)
     wgmma, by_row, by_column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -108,178 +118,172 @@ def fused_decode_attention(
         return lax.broadcast_in_dim(value, (ROWS, width), [0])
 
     def body(
-        qkv, q_norm, k_norm, cosines, sines, permutation, cached_k, cached_v, seen, sees_previous, out, new_k,
-        q_s, own_k_s, own_v_s, swap_s, k_s, v_s, probs_s, acc_s, top_s, total_s,
-        own_full, readied, handed_over, full, empty,
+        qkv, q_norm, k_norm, cosines, sines, cached_k, cached_v, seen, sees_previous, out, new_k, accs, sums,
+        q_s, cos_s, sin_s, k_s, v_s, probs_s, acc_s, sums_s, out_s, q_full, own_full, full, written,
     ):  # fmt: skip
-        warpgroup = lax.axis_index("warpgroup")
-        row, group = lax.axis_index("row"), lax.axis_index("group")
+        row, group, part = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("part")
         head = lax.div(group * together, N // K)  # of keys and values
-        count = pl.cdiv(seen[row], ROWS)  # tiles of cached keys
-        stream = Stream(full, empty, stages)
+        limit, sees_back = seen[row], sees_previous[row]
+        count = pl.cdiv(limit, ROWS)  # tiles of cached keys
+        own = jnp.minimum(count, parts - 1)  # where the new keys' tile stands among them: as the first of a block
+        turns = pl.cdiv(count + 1 - part, parts)
 
-        @pl.when(warpgroup == WARPGROUPS)
-        def _fetch():
-            plgpu.set_max_registers(40, action="decrease")
-            plgpu.copy_gmem_to_smem(permutation, swap_s, own_full)
-            plgpu.copy_gmem_to_smem(qkv.at[row, :, N + head], own_k_s.at[pl.ds(0, T)], own_full)
-            plgpu.copy_gmem_to_smem(qkv.at[row, :, N + K + head], own_v_s.at[pl.ds(0, T)], own_full)
+        def find(turn):
+            """The buffer of a tile, the number of cached tiles before it, and whether it is the new keys' tile."""
+            tile = part + turn * parts
+            return lax.rem(turn, stages), tile - jnp.where(tile > own, 1, 0), tile == own
+
+        def fetch(ref, scratch, barrier):
+            """All T rows of something, again and again: 64 rows."""
             for number in range(together):
-                rows = pl.ds(number * T, T)
-                plgpu.copy_gmem_to_smem(qkv.at[row, :, group * together + number], q_s.at[rows], own_full)
+                plgpu.copy_gmem_to_smem(ref, scratch.at[pl.ds(number * T, T)], barrier)
 
-            def fetch(step, slot, barrier):
-                at = row, pl.ds(step * ROWS, ROWS), head
-                plgpu.copy_gmem_to_smem(cached_k.at[at], k_s.at[slot], barrier)
-                plgpu.copy_gmem_to_smem(cached_v.at[at], v_s.at[slot], barrier)
+        def fetch_tile(turn):
+            slot, step, _ = find(turn)
+            at = row, pl.ds(step * ROWS, ROWS), head
+            plgpu.copy_gmem_to_smem(cached_k.at[at], k_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(cached_v.at[at], v_s.at[slot], full.at[slot])
 
-            stream.fill(count, fetch)
+        for number in range(together):
+            rows = pl.ds(number * T, T)
+            plgpu.copy_gmem_to_smem(qkv.at[row, :, group * together + number], q_s.at[rows], q_full)
+        fetch(cosines.at[row], cos_s, q_full)
+        fetch(sines.at[row], sin_s, q_full)
 
-        def ready(ref, norm):
+        @pl.when(part == own)
+        def _fetch_own():
+            fetch(qkv.at[row, :, N + head], k_s.at[0], own_full)
+            fetch(qkv.at[row, :, N + K + head], v_s.at[0], own_full)
+
+        @pl.loop(jnp.where(part == own, 1, 0), jnp.minimum(turns, stages))
+        def _fetch_first(turn):
+            fetch_tile(turn)
+
+        def ready(ref, norm, barrier):
             """Normalises and rotates the rows of a tile in place, rounding where the plain functions do."""
+            weight = load(norm, by_column).astype(jnp.float32)
+            plgpu.barrier_wait(barrier)
             x = load(ref).astype(jnp.float32)
             x = x * over(lax.rsqrt(jnp.sum(x * x, axis=1) * (1 / H) + eps), H)
-            weight = lax.broadcast_in_dim(load(norm, by_column).astype(jnp.float32), (ROWS, H), [1])
-            ref[...] = (x.astype(dtype).astype(jnp.float32) * weight).astype(dtype)
-            plgpu.commit_smem()
-            part = ref.at[:, pl.ds(0, turned)]
-
-            def swap(swapped):
-                plgpu.wgmma(swapped, part, swap_s)
-                return swapped[...]
-
-            swapped = pl.run_scoped(swap, plgpu.ACC((ROWS, turned), jnp.float32))
-            straight = load(part).astype(jnp.float32)
-            part[...] = (straight * load(cosines.at[row]) + swapped * load(sines.at[row])).astype(dtype)
+            x = x.astype(dtype).astype(jnp.float32) * lax.broadcast_in_dim(weight, (ROWS, H), [1])
+            x = x.astype(dtype).astype(jnp.float32)
+            first, second, *rest = (lax.slice(x, (0, at), (ROWS, end)) for at, end in pieces if at < end)
+            cos, sin = load(cos_s), load(sin_s)
+            turned = [first * cos - second * sin, second * cos + first * sin]
+            ref[...] = jnp.concatenate(turned + rest, axis=1).astype(dtype)
             plgpu.commit_smem()
 
-        def attend(keys, values, visible, carry):
+        ready(q_s, q_norm, q_full)
+
+        @pl.when(part == own)
+        def _ready_own():
+            ready(k_s.at[0], k_norm, own_full)
+
+            @pl.when(lax.rem(group * together, N // K) == 0)
+            def _keep():
+                plgpu.copy_smem_to_gmem(k_s.at[0, pl.ds(0, T)], new_k.at[row, :, head])
+
+        at_key = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=wgmma)
+        at_query = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=wgmma)
+        query_block = lax.div(lax.rem(at_query, T), block_length)
+        low_own = query_block * (block_length * (1 - sees_back))  # of the new keys that a query sees
+        high_own = jnp.minimum((query_block + 1) * block_length, T)
+
+        def attend(turn, carry):
             """One tile of keys: the scores, and the sums that a softmax is made of, so far."""
             acc, top, total = carry
+            slot, step, is_own = find(turn)
+            pl.when(~is_own)(lambda: plgpu.barrier_wait(full.at[slot]))
 
             def score(scores):
-                plgpu.wgmma(scores, q_s, keys.transpose((1, 0)))
+                plgpu.wgmma(scores, q_s, k_s.at[slot].transpose((1, 0)))
                 return scores[...]
 
-            scores = pl.run_scoped(score, plgpu.ACC((ROWS, ROWS), jnp.float32)) * H**-0.5
-            scores = jnp.where(visible, scores, NEG_INF)
+            scores = pl.run_scoped(score, plgpu.ACC((ROWS, ROWS), jnp.float32)) * (H**-0.5 * LOG2_E)
+            among_own = jnp.where(is_own, 1, 0)
+            left = (1 - among_own) * (limit - step * ROWS)
+            is_seen = (at_key >= low_own * among_own) & (at_key < high_own * among_own + left)
+            scores = jnp.where(is_seen, scores, NEG_INF)
             new_top = jnp.maximum(top, jnp.max(scores, axis=1))
-            shrink = jnp.exp(top - new_top)
-            probs = jnp.exp(scores - over(new_top, ROWS))
-            probs_s[lax.axis_index("warpgroup")] = probs.astype(dtype)
+            shrink = jnp.exp2(top - new_top)
+            probs = jnp.exp2(scores - over(new_top, ROWS))
+            probs_s[...] = probs.astype(dtype)
             plgpu.commit_smem()
 
             def mix(mixed):
-                plgpu.wgmma(mixed, probs_s.at[lax.axis_index("warpgroup")], values)
-                return mixed[...]
+                plgpu.wgmma(mixed, probs_s, v_s.at[slot])
+                earlier, whole = acc * over(shrink, H), total * shrink + jnp.sum(probs, axis=1)  # meanwhile
+                return earlier + mixed[...], whole
 
-            mixed = pl.run_scoped(mix, plgpu.ACC((ROWS, H), jnp.float32))
-            return acc * over(shrink, H) + mixed, new_top, total * shrink + jnp.sum(probs, axis=1)
+            new_acc, new_total = pl.run_scoped(mix, plgpu.ACC((ROWS, H), jnp.float32))
 
-        @pl.when(warpgroup < WARPGROUPS)
-        def _attend():
-            plgpu.set_max_registers(232, action="increase")
-            plgpu.barrier_wait(own_full)
+            @pl.when(turn + stages < turns)
+            def _next():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the new keys may stand in this buffer
+                fetch_tile(turn + stages)
 
-            @pl.when(warpgroup == 0)
-            def _queries():
-                ready(q_s, q_norm)
+            return new_acc, new_top, new_total
 
-            @pl.when(warpgroup == 1)
-            def _keys():
-                ready(own_k_s, k_norm)
-                if T < ROWS:  # a weight of 0 times what happens to stand there may be no number
-                    is_there = plgpu.broadcasted_iota(jnp.int32, (ROWS, H), 0, layout=wgmma) < T
-                    own_v_s[...] = jnp.where(is_there, load(own_v_s).astype(jnp.float32), 0.0).astype(dtype)
-                    plgpu.commit_smem()
+        start = (
+            plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), wgmma),
+            plgpu.layout_cast(jnp.full((ROWS,), NEG_INF, jnp.float32), by_row),
+            plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
+        )
+        acc_s[...], sums_s[0], sums_s[1] = lax.fori_loop(0, turns, attend, start)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(acc_s, accs.at[row, group, part])
+        plgpu.copy_smem_to_gmem(sums_s, sums.at[row, group, part])
+        plgpu.wait_smem_to_gmem(0)  # whole: from here on the others may read it
+        plgpu.barrier_arrive(written)
+        plgpu.barrier_wait(written)
+        columns = pl.ds(part * share, share)
+        tops, totals = ([load(sums.at[row, group, i, kind], by_row) for i in range(parts)] for kind in range(2))
+        shares = [load(accs.at[row, group, i, :, columns]) for i in range(parts)]
+        best = functools.reduce(jnp.maximum, tops)
+        weights = [jnp.exp2(top - best) for top in tops]
+        whole = sum(total * weight for total, weight in zip(totals, weights, strict=True))
+        joined = sum(x * over(weight / whole, share) for x, weight in zip(shares, weights, strict=True))
+        out_s[...] = joined.astype(dtype)
+        plgpu.commit_smem()
+        for number in range(together):
+            rows = pl.ds(number * T, T)
+            plgpu.copy_smem_to_gmem(out_s.at[rows], out.at[row, :, group * together + number, columns])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                @pl.when(lax.rem(group * together, N // K) == 0)
-                def _keep():
-                    plgpu.copy_smem_to_gmem(own_k_s.at[pl.ds(0, T)], new_k.at[row, :, head])
-
-            plgpu.barrier_arrive(readied)
-            plgpu.barrier_wait(readied)
-            at_query = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 0, layout=wgmma)
-            at_key = plgpu.broadcasted_iota(jnp.int32, (ROWS, ROWS), 1, layout=wgmma)
-            query_block = lax.div(lax.rem(at_query, T), block_length)
-            key_block = lax.div(at_key, block_length)
-
-            def pass_over(step):
-                """Leaves a tile to the other warpgroup; both have to see every phase of a barrier."""
-                plgpu.barrier_wait(full.at[lax.rem(step, stages)])
-                plgpu.barrier_arrive(empty.at[lax.rem(step, stages)])
-
-            def cached_tile(turn, carry):
-                step = warpgroup + turn * WARPGROUPS
-                pl.when(step > 0)(lambda: pass_over(step - 1))
-                slot = lax.rem(step, stages)
-                plgpu.barrier_wait(full.at[slot])
-                carry = attend(k_s.at[slot], v_s.at[slot], at_key + step * ROWS < seen[row], carry)
-                plgpu.barrier_arrive(empty.at[slot])
-                return carry
-
-            start = (
-                plgpu.layout_cast(jnp.zeros((ROWS, H), jnp.float32), wgmma),
-                plgpu.layout_cast(jnp.full((ROWS,), NEG_INF, jnp.float32), by_row),
-                plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
-            )
-            turns = pl.cdiv(count - warpgroup, WARPGROUPS)
-            acc, top, total = lax.fori_loop(0, turns, cached_tile, start)
-            is_left = (count > 0) & (lax.rem(count + 1, WARPGROUPS) != warpgroup)  # the last tile is the other's
-            pl.when(is_left)(lambda: pass_over(count - 1))
-
-            @pl.when(warpgroup == 1)
-            def _hand_over():
-                back = jnp.where(key_block < query_block, sees_previous[row], 0)
-                in_own = jnp.where(at_key < T, jnp.where(key_block == query_block, 1, back), 0)
-                acc_s[...], top_s[...], total_s[...] = attend(own_k_s, own_v_s, in_own > 0, (acc, top, total))
-                plgpu.barrier_arrive(handed_over)
-                plgpu.wait_smem_to_gmem(0)
-
-            @pl.when(warpgroup == 0)
-            def _join():
-                plgpu.barrier_wait(handed_over)
-                other_top, other_total = load(top_s, by_row), load(total_s, by_row)
-                best = jnp.maximum(top, other_top)
-                mine, others = jnp.exp(top - best), jnp.exp(other_top - best)
-                whole = total * mine + other_total * others
-                q_s[...] = (acc * over(mine / whole, H) + load(acc_s) * over(others / whole, H)).astype(dtype)
-                plgpu.commit_smem()
-                for number in range(together):
-                    rows = pl.ds(number * T, T)
-                    plgpu.copy_smem_to_gmem(q_s.at[rows], out.at[row, :, group * together + number])
-                plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
+    out_BTNH, new_k_BTKH, *_ = plgpu.kernel(
         body,
-        out_type=[jax.ShapeDtypeStruct((B, T, N, H), dtype), jax.ShapeDtypeStruct((B, T, K, H), dtype)],
-        grid=(B, N // together),
-        grid_names=("row", "group"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            *[shared_tile((ROWS, H), dtype)] * 3,
-            shared_tile((turned, turned), dtype),
-            shared_tile((stages, ROWS, H), dtype),
-            shared_tile((stages, ROWS, H), dtype),
-            shared_tile((WARPGROUPS, ROWS, ROWS), dtype),
-            plgpu.SMEM((ROWS, H), jnp.float32),
-            plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.SMEM((ROWS,), jnp.float32),
-            plgpu.Barrier(num_arrivals=3 + together),
-            plgpu.Barrier(num_arrivals=WARPGROUPS),
-            plgpu.Barrier(),
-            *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
+        out_type=[
+            jax.ShapeDtypeStruct((B, T, N, H), dtype),
+            jax.ShapeDtypeStruct((B, T, K, H), dtype),
+            jax.ShapeDtypeStruct((B, groups, parts, ROWS, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, groups, parts, 2, ROWS), jnp.float32),
         ],
+        grid=(B, groups),
+        grid_names=("row", "group"),
+        cluster=(parts,),
+        cluster_names=("part",),
+        scratch_types=[
+            shared_tile((ROWS, H), dtype),
+            *[shared_tile((ROWS, half), jnp.float32)] * 2,
+            *[shared_tile((stages, ROWS, H), dtype)] * 2,
+            shared_tile((ROWS, ROWS), dtype),
+            shared_tile((ROWS, H), jnp.float32),
+            plgpu.SMEM((2, ROWS), jnp.float32),
+            shared_tile((ROWS, share), dtype),
+            plgpu.Barrier(num_arrivals=3 * together),
+            plgpu.Barrier(num_arrivals=2 * together),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.ClusterBarrier(collective_axes=("part",)),
+        ],
+        compiler_params=PARAMS,
         interpret=interpret,
-    )(qkv_BTNH, *norms, *rotation, *cached, seen_B, sees_previous_B.astype(jnp.int32))
+    )(qkv_BTNH, *norms, *angles, *cached, seen_B, sees_previous_B.astype(jnp.int32))
+    return out_BTNH, new_k_BTKH
 
 
-def _rotations(angles: Pair, together: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x cos + (x swap) sin rotates rows: cosines and sines [B, 64, 2R], and the signed permutation [2R, 2R]."""
-    half = angles[0].shape[-1]
-    cosines, sines = (jnp.tile(angle, (1, together, 2)) for angle in angles)
-    number = jnp.arange(2 * half)
-    source, target = number[:, None], number[None, :]
-    swap = jnp.where(source + half == target, 1, 0) - jnp.where(source == target + half, 1, 0)
-    return cosines, sines, swap.astype(jnp.bfloat16)
+def parts_that_fit(clusters: int) -> int:
+    """Blocks per cluster; those of one stand close together, so not every multiprocessor can be had."""
+    parts = MAX_PARTS
+    while parts > 1 and 4 * clusters * parts > 3 * multiprocessors():
+        parts //= 2
+    return parts

@@ -12,8 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper, kernel
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
-MAX_EXPERTS = 256  # whose scores, biased scores and weights shared memory has room for
-MAX_ROWS = ROWS  # of the kernel: one warpgroup has to see all rows, and has registers for no more
+MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every 64
 
 
 @struct.dataclass
@@ -35,10 +34,17 @@ def choose_experts(
     """
     settings = {"groups": groups, "kept_groups": kept_groups, "experts_per_row": experts_per_row, "scale": scale}
     plain = functools.partial(choose_by_ranks, **settings)
-    M, E = scores_ME.shape
-    if is_hopper() and M <= MAX_ROWS and E <= MAX_EXPERTS and E % ROWS == E % (8 * groups) == 0:
-        return differentiated_as(plain)(functools.partial(choose_in_registers, **settings))(scores_ME, biased_ME)
+    if is_hopper() and can_weigh(scores_ME.shape[1], groups):
+        return differentiated_as(plain)(functools.partial(choose_by_counting, **settings))(scores_ME, biased_ME)
     return plain(scores_ME, biased_ME)
+
+
+def can_weigh(experts: int, groups: int) -> bool:
+    """Whether the kernel takes these numbers: chunks of 64 experts, filled up by groups of 8, 16 or 32.
+
+    With groups of 64 Mosaic's search for layouts (jax 0.11) finds none.
+    """
+    return experts <= MAX_EXPERTS and experts % ROWS == 0 and experts / groups in (8, 16, 32)
 
 
 def choose_by_ranks(scores_ME, biased_ME, *, groups: int, kept_groups: int, experts_per_row: int, scale: float):
@@ -69,101 +75,128 @@ def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(upto_E[None, :] <= order_E[:, None], axis=1, dtype=jnp.int32), upto_E[-1:]
 
 
-@kernel("groups", "kept_groups", "experts_per_row", "scale")
-def choose_in_registers(
-    scores_ME, biased_ME, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False
-) -> Choice:
-    """`choose_experts` in one kernel: one warpgroup takes the best expert of every row, then the next, and so on."""
-    M, E = scores_ME.shape
-    N = E // groups
-    layout = plgpu.Layout.WGMMA
+def choose_by_counting(scores_ME: jax.Array, biased_ME: jax.Array, **settings) -> Choice:
+    """`choose_experts` by the kernel."""
+    return listed(weigh_in_registers(scores_ME, biased_ME, **settings))
 
-    def load(ref, spread=layout):
+
+@kernel("groups", "kept_groups", "experts_per_row", "scale")
+def weigh_in_registers(
+    scores_ME, biased_ME, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False
+) -> jax.Array:
+    """The weights of `choose_experts` in one kernel: a block of threads per row compares all pairs of experts.
+
+    One warpgroup finds the groups that are kept. Meanwhile each of the others compares a chunk of 64 experts, its rows,
+    with each other, and after that with the experts of the kept groups outside, its columns, counting who is ahead.
+    """
+    M, E = scores_ME.shape
+    N, together, chunks = E // groups, ROWS * groups // E, E // ROWS  # a chunk is `together` groups of N experts
+    padded = groups + -groups % 8  # as many columns as the layout wants
+    layout = plgpu.Layout.WGMMA
+    by_row, by_column = layout.reduce(1), layout.reduce(0)
+
+    def load(ref, spread):
         return plgpu.load(ref, layout=spread, optimized=False)
 
-    def over_columns(value_M):
-        return lax.broadcast_in_dim(value_M, (ROWS, N), [0])
+    def iota(columns, axis):
+        return plgpu.broadcasted_iota(jnp.int32, (ROWS, columns), axis, layout=layout)
 
-    def choose(biased_GMN, columns_GMN):
-        """Marks what is taken with -inf, and returns it beside the groups that are kept."""
-        pair_GM = []
-        for biased_MN in biased_GMN:
-            best_M = jnp.max(biased_MN, axis=1)
-            first_M = jnp.min(jnp.where(biased_MN == over_columns(best_M), columns_GMN[0], N), axis=1)
-            others_MN = jnp.where(columns_GMN[0] == over_columns(first_M), -jnp.inf, biased_MN)
-            pair_GM.append(best_M + jnp.max(others_MN, axis=1))
-        kept_GM = []
-        for group, own_M in enumerate(pair_GM):
-            ahead = [
-                jnp.where((other_M >= own_M) if number < group else (other_M > own_M), 1, 0)
-                for number, other_M in enumerate(pair_GM)
-                if number != group
-            ]
-            kept_GM.append(sum(ahead, start=jnp.zeros_like(own_M, jnp.int32)) < kept_groups)
-        left_GMN = [
-            jnp.where(over_columns(kept_M), own, -jnp.inf) for kept_M, own in zip(kept_GM, biased_GMN, strict=True)
-        ]
+    def over_columns(value_C, columns=N):
+        return lax.broadcast_in_dim(value_C, (ROWS, columns), [0])
 
-        def take_best(_, left_GMN):
-            best_MN = over_columns(jnp.max(functools.reduce(jnp.maximum, left_GMN), axis=1))
-            at_GMN = [jnp.where(own == best_MN, at, E) for own, at in zip(left_GMN, columns_GMN, strict=True)]
-            first_MN = over_columns(jnp.min(functools.reduce(jnp.minimum, at_GMN), axis=1))
-            return [jnp.where(at == first_MN, -jnp.inf, own) for own, at in zip(left_GMN, columns_GMN, strict=True)]
+    def over_rows(value_N):
+        return lax.broadcast_in_dim(value_N, (ROWS, *value_N.shape), [1])
 
-        return lax.fori_loop(0, experts_per_row, take_best, left_GMN), kept_GM
+    def ones(truths):
+        return jnp.where(truths, 1.0, 0.0)
 
-    def body(scores, biased, weights, ids, count, scores_s, biased_s, weights_s, active_s, upto_s, full):
-        # The rows that there are; what stands in the others goes through everything and is left out at the end.
-        plgpu.copy_gmem_to_smem(scores, scores_s.at[pl.ds(0, M)], full)
-        plgpu.copy_gmem_to_smem(biased, biased_s.at[pl.ds(0, M)], full)
-        plgpu.barrier_wait(full)
-        column_MN = plgpu.broadcasted_iota(jnp.int32, (ROWS, N), 1, layout=layout)
-        row_MN = plgpu.broadcasted_iota(jnp.int32, (ROWS, N), 0, layout=layout)
-        columns_GMN = [column_MN + group * N for group in range(groups)]
-        tiles = [(slice(None), pl.ds(group * N, N)) for group in range(groups)]
-        left_GMN, kept_GM = choose([load(biased_s.at[tile]) for tile in tiles], columns_GMN)
-        chosen_GMN = [
-            jnp.where(over_columns(kept_M) & (left_MN == -jnp.inf) & (row_MN < M), load(scores_s.at[tile]), 0.0)
-            for tile, left_MN, kept_M in zip(tiles, left_GMN, kept_GM, strict=True)
-        ]
-        total_M = jnp.sum(functools.reduce(jnp.add, chosen_GMN), axis=1)
-        factor_MN = over_columns(scale / (total_M + 1e-20))
-        for tile, chosen_MN in zip(tiles, chosen_GMN, strict=True):
-            weight_MN = plgpu.layout_cast(chosen_MN * factor_MN, plgpu.Layout.WGMMA_TRANSPOSED)
-            weights_s.at[tile[1]].transpose((1, 0))[...] = weight_MN
-            active_s[tile[1]] = jnp.where(jnp.max(chosen_MN, axis=0) > 0, 1, 0)
+    def ahead(own_C, other_N, first=0):
+        """1 where a column's value comes before the row's, else 0; the columns' indices begin with `first`."""
+        columns = len(other_N)
+        own_CN, other_CN = over_columns(own_C, columns), over_rows(other_N)
+        lower_CN = ones(iota(columns, 1) + first < iota(columns, 0))
+        more_CN = ones(other_CN > own_CN)
+        return more_CN + (ones(other_CN >= own_CN) - more_CN) * lower_CN
+
+    def keep_groups(biased, biased_s, pairs_s, kept_s):
+        values = [load(biased.at[pl.ds(group * N, N)], by_column) for group in range(groups)]
+        for group, values_N in enumerate(values):
+            biased_s[group] = values_N
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(weights_s, weights)
-
-        column_ME = plgpu.broadcasted_iota(jnp.int32, (ROWS, E), 1, layout=layout)
-        row_ME = plgpu.broadcasted_iota(jnp.int32, (ROWS, E), 0, layout=layout)
-        active_ME = lax.broadcast_in_dim(load(active_s, layout.reduce(0)), (ROWS, E), [1])
-        for first in range(0, E, ROWS):
-            upto_s[pl.ds(first, ROWS)] = jnp.sum(jnp.where(column_ME <= row_ME + first, active_ME, 0), axis=1)
-
+        biased_GN = load(biased_s, layout)  # what stands past the last group is of no consequence
+        best_G = jnp.max(biased_GN, axis=1)
+        is_best_GN = biased_GN == over_columns(best_G)
+        second_G = jnp.max(jnp.where(is_best_GN, -jnp.inf, biased_GN), axis=1)
+        pair_G = best_G + jnp.where(jnp.sum(ones(is_best_GN), axis=1) > 1, best_G, second_G)
+        pairs_s[...] = pair_G
         plgpu.commit_smem()
-        upto_ME = lax.broadcast_in_dim(load(upto_s, layout.reduce(0)), (ROWS, E), [1])
-        for first in range(0, E, ROWS):
-            ids[pl.ds(first, ROWS)] = jnp.sum(jnp.where(upto_ME <= row_ME + first, 1, 0), axis=1)
+        ahead_GG = ahead(pair_G, load(pairs_s.at[pl.ds(0, padded)], by_column))
+        rank_G = jnp.sum(jnp.where(iota(padded, 1) < groups, ahead_GG, 0.0), axis=1)
+        kept_s[...] = ones(rank_G < kept_groups)
 
-        count[0] = upto_s[E - 1]
-        plgpu.wait_smem_to_gmem(0)
+    def body(scores, biased, weights, biased_s, pairs_s, kept_s, chosen_s, totals_s, kept, chosen):
+        row, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
 
-    columns_EM, ids_E, count_1 = plgpu.kernel(
+        @pl.when(warpgroup == chunks)
+        def _groups():
+            keep_groups(biased.at[row], biased_s, pairs_s, kept_s)
+            plgpu.barrier_arrive(kept)
+
+        @pl.when(warpgroup < chunks)
+        def _experts():
+            first, own = warpgroup * together, pl.ds(warpgroup * ROWS, ROWS)
+            score_C, own_C = load(scores.at[row, own], by_row), load(biased.at[row, own], by_row)
+            own_CN = over_columns(own_C)
+            others = [load(biased.at[row, pl.ds((first + number) * N, N)], by_column) for number in range(together)]
+            # Summed here already, the comparisons can't be put off until the groups are known.
+            inside = [jnp.sum(ahead(own_C, other_N, at * N), axis=1) for at, other_N in enumerate(others)]
+            plgpu.barrier_wait(kept)
+            at_C = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
+            ahead_C, is_kept_C = 0.0, 0.0
+            for number, inside_C in enumerate(inside):
+                is_kept = kept_s[first + number]
+                ahead_C += inside_C * is_kept
+                is_kept_C += jnp.where(lax.div(at_C, N) == number, is_kept, 0.0)
+
+            def outside(is_ahead):
+                def compare(group, ahead_CN):
+                    return ahead_CN + ones(is_ahead(over_rows(load(biased_s.at[group], by_column)), own_CN))
+
+                return lambda group, ahead_CN: lax.cond(
+                    kept_s[group] > 0, functools.partial(compare, group), lambda same: same, ahead_CN
+                )
+
+            ahead_CN = plgpu.layout_cast(jnp.zeros((ROWS, N), jnp.float32), layout)
+            ahead_CN = lax.fori_loop(0, first, outside(jnp.greater_equal), ahead_CN)
+            ahead_CN = lax.fori_loop(first + together, groups, outside(jnp.greater), ahead_CN)
+            ahead_C += jnp.sum(ahead_CN, axis=1)
+            is_chosen_C = (ahead_C < experts_per_row) & (is_kept_C > 0)
+            chosen_C = jnp.where(is_chosen_C, score_C, 0.0)
+            chosen_s[own] = chosen_C
+            plgpu.commit_smem()
+            totals_s[warpgroup] = jnp.sum(over_rows(load(chosen_s.at[own], by_column)), axis=1)
+            plgpu.barrier_arrive(chosen)
+            plgpu.barrier_wait(chosen)
+            total = sum(totals_s[chunk, 0] for chunk in range(chunks))
+            weights[row, own] = chosen_C / (total + 1e-20) * scale
+
+    return plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((E, ROWS), jnp.float32),
-            jax.ShapeDtypeStruct((E,), jnp.int32),
-            jax.ShapeDtypeStruct((1,), jnp.int32),
-        ],
+        out_type=jax.ShapeDtypeStruct((M, E), jnp.float32),
+        grid=(M,),
+        grid_names=("row",),
+        num_threads=chunks + 1,
+        thread_name="warpgroup",
         scratch_types=[
-            plgpu.SMEM((ROWS, E), jnp.float32),
-            plgpu.SMEM((ROWS, E), jnp.float32),
-            plgpu.SMEM((E, ROWS), jnp.float32),
-            plgpu.SMEM((E,), jnp.int32),
-            plgpu.SMEM((E,), jnp.int32),
-            plgpu.Barrier(num_arrivals=2),
+            plgpu.SMEM((ROWS, N), jnp.float32),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.SMEM((ROWS,), jnp.float32),
+            plgpu.SMEM((E,), jnp.float32),
+            plgpu.SMEM((chunks, ROWS), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=chunks),
         ],
+        # Every place is written once, and read after a commit or a barrier, so none is needed around each store.
+        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
     )(scores_ME, biased_ME)
-    return Choice(columns_EM[:, :M].T, columns_EM, ids_E, count_1)

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from dmax_jax.kernels.expert_choice import Choice
+from dmax_jax.kernels.grouped_experts import grouped_experts
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper
 from dmax_jax.kernels.layers import swiglu
-from dmax_jax.kernels.streamed_experts import Matrices, can_stream, streamed_experts
+from dmax_jax.kernels.streamed_experts import Matrices, can_stream, streamed_experts, suits_kernels
 
 # Up to this many experts it is cheapest, on a CPU and on a GPU, to let every expert see every row.
 DENSE_EXPERTS = 8
@@ -27,6 +28,9 @@ def routed_experts(
     plain = functools.partial(ragged_experts, experts_per_row=experts_per_row)
     if is_hopper() and can_stream(x_MD, experts, shared):
         return differentiated_as(plain)(streamed_experts)(x_MD, choice, experts, shared)
+    if is_hopper() and suits_kernels(x_MD, experts):
+        grouped = functools.partial(grouped_experts, experts_per_row=experts_per_row)
+        return differentiated_as(plain)(grouped)(x_MD, choice, experts, shared)
     return plain(x_MD, choice, experts, shared)
 
 

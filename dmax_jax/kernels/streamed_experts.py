@@ -23,12 +23,17 @@ PARAMS = plgpu.CompilerParams(approx_math=True)
 Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate, up and down
 
 
-def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
-    """Whether dtype and shapes suit the kernels."""
-    (M, D), (_, F, _) = x_MD.shape, experts[0].shape
+def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
+    """Whether dtype and sizes are those that the kernels work in."""
+    _, F, D = experts[0].shape
     tile = WARPGROUPS * ROWS
-    dtypes = {array.dtype for array in (x_MD, *experts, *shared)}
-    return M <= MAX_ROWS and dtypes == {jnp.dtype("bfloat16")} and D % tile == F % tile == 0 and len(shared[0]) == F
+    return {array.dtype for array in (x_MD, *experts)} == {jnp.dtype("bfloat16")} and D % tile == F % tile == 0
+
+
+def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
+    """Whether the rows are few, and the shared expert is like the others."""
+    alike = all(a.shape[1:] == b.shape and a.dtype == b.dtype for a, b in zip(experts, shared, strict=True))
+    return suits_kernels(x_MD, experts) and alike and len(x_MD) <= MAX_ROWS
 
 
 def streamed_experts(
@@ -46,26 +51,33 @@ def streamed_experts(
     x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
     tiles = choice.ids_E, choice.count_1
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    hidden_AFM = expert_hidden(x_MD, experts[:2], shared[:2], *tiles, choice.columns_EM, **how)
+    hidden_AFM = expert_hidden(x_MD[None], experts[:2], shared[:2], *tiles, choice.columns_EM, **how)
     parts_PMD = expert_outputs(hidden_AFM, experts[2], shared[2], *tiles, **how)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 
 
 @kernel("blocks")
-def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: int, interpret=False) -> jax.Array:
-    """silu(gate x) * (up x) * weight of all rows in every expert: [E + 1, F, M]; M is 16, 32, 64 or 128.
+def expert_hidden(x_GMD, routed, shared, ids_T, count_1, weights, *, blocks: int, interpret=False) -> jax.Array:
+    """silu(gate x) * (up x) * weight for every listed expert and its rows: [T + 1, F, M]; M is 16, 32, 64 or 128.
 
-    `routed` and `shared` are gate and up. The result has the listed experts in the order of the list, then the shared
-    one. Blocks of threads walk over tiles of (expert, 128 features) in turn.
+    `routed` and `shared` are gate and up. With G = 1 all experts have the same rows, the weights are `[E, >= M]`, and
+    the shared expert stands behind the listed ones. With G = T (`shared` None) the t-th listed expert, of which there
+    may be several, has the t-th rows and weights `[T, M]`. Blocks of threads walk over tiles of (expert, 64 features)
+    in turn: one warpgroup multiplies by gate, one by up.
     """
-    (M, D), (E, F, _) = x_MD.shape, routed[0].shape
-    dtype, tile = x_MD.dtype, WARPGROUPS * ROWS
-    tiles, steps = F // tile, D // ROWS
-    stages = stages_that_fit((2 * tile + M) * ROWS * dtype.itemsize, tile * M * dtype.itemsize)
+    (G, M, D), (E, F, _), T = x_GMD.shape, routed[0].shape, len(ids_T)
+    dtype = x_GMD.dtype
+    depth = stage_depth(M)
+    tiles, steps = F // ROWS, D // depth
+    exchange_bytes = ROWS * M * (4 + dtype.itemsize)
+    stages = stages_that_fit((2 * ROWS + M) * depth * dtype.itemsize, exchange_bytes)
 
-    def body(x, gate, up, shared_gate, shared_up, ids, count, weights, out, x_s, gate_s, up_s, out_s, full, empty):
+    def body(x, gate, up, *refs):
+        shared_refs, refs = (refs[:2], refs[2:]) if shared else (None, refs)
+        ids, count, weights, out, x_s, gate_s, up_s, raised_s, out_s, full, empty, raised_full, raised_empty = refs
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        own = pl.cdiv((count[0] + 1) * tiles - block, blocks)  # tiles of this block
+        listed_count = count[0] + (1 if shared else 0)
+        own = pl.cdiv(listed_count * tiles - block, blocks)  # tiles of this block
         stream = Stream(full, empty, stages)
 
         def place(turn):
@@ -78,80 +90,105 @@ def expert_hidden(x_MD, routed, shared, ids_E, count_1, weights_EM, *, blocks: i
 
             def load(step, slot, barrier):
                 listed, feature = place(lax.div(step, steps))
-                is_shared = listed == count[0]
-                expert = _expert_at(ids, listed)
-                features = pl.ds(feature * tile, tile)
-                columns = pl.ds(lax.rem(step, steps) * ROWS, ROWS)
-                plgpu.copy_gmem_to_smem(x.at[:, columns], x_s.at[slot], barrier)
+                expert = expert_at(ids, listed, E)
+                features = pl.ds(feature * ROWS, ROWS)
+                columns = pl.ds(lax.rem(step, steps) * depth, depth)
+                plgpu.copy_gmem_to_smem(x.at[0 if G == 1 else listed, :, columns], x_s.at[slot], barrier)
 
-                @pl.when(~is_shared)
-                def _routed():
+                def fetch_routed():
                     plgpu.copy_gmem_to_smem(gate.at[expert, features, columns], gate_s.at[slot], barrier)
                     plgpu.copy_gmem_to_smem(up.at[expert, features, columns], up_s.at[slot], barrier)
 
-                @pl.when(is_shared)
+                if shared_refs is None:
+                    fetch_routed()
+                    return
+                pl.when(listed < count[0])(fetch_routed)
+
+                @pl.when(listed == count[0])
                 def _shared():
-                    plgpu.copy_gmem_to_smem(shared_gate.at[features, columns], gate_s.at[slot], barrier)
-                    plgpu.copy_gmem_to_smem(shared_up.at[features, columns], up_s.at[slot], barrier)
+                    plgpu.copy_gmem_to_smem(shared_refs[0].at[features, columns], gate_s.at[slot], barrier)
+                    plgpu.copy_gmem_to_smem(shared_refs[1].at[features, columns], up_s.at[slot], barrier)
 
             stream.fill(own * steps, load)
 
-        @pl.when(warpgroup < WARPGROUPS)
-        def _multiply():
+        def product(turn, weights_s):
+            def multiply_all(total):
+                @pl.loop(0, steps)
+                def _step(step):
+                    def multiply(slot):
+                        plgpu.wgmma(total, weights_s.at[slot], x_s.at[slot].transpose((1, 0)))
+
+                    stream.use(turn * steps + step, multiply)
+
+                return total[...]
+
+            return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32))
+
+        @pl.when(warpgroup == 1)
+        def _raise():
             plgpu.set_max_registers(232, action="increase")
-            own_rows = pl.ds(warpgroup * ROWS, ROWS)
+
+            @pl.loop(0, own)
+            def _tile(turn):
+                raised = product(turn, up_s)
+
+                @pl.when(turn > 0)
+                def _wait():
+                    plgpu.barrier_wait(raised_empty)
+
+                raised_s[...] = raised
+                plgpu.barrier_arrive(raised_full)
+
+            @pl.when(own > 0)
+            def _last():
+                plgpu.barrier_wait(raised_empty)
+
+        @pl.when(warpgroup == 0)
+        def _gate():
+            plgpu.set_max_registers(232, action="increase")
 
             @pl.loop(0, own)
             def _tile(turn):
                 listed, feature = place(turn)
-                expert = _expert_at(ids, listed)
+                row = expert_at(ids, listed, E) if G == 1 else listed
                 weight_M = plgpu.load(
-                    weights.at[expert, pl.ds(0, M)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
+                    weights.at[row, pl.ds(0, M)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
                 )
-                share = jnp.where(listed == count[0], 1.0, 0.0)  # of the shared expert, whose weight is 1
-                weight_M = weight_M * (1 - share) + share
-
-                def products(gate_sum, up_sum):
-                    @pl.loop(0, steps)
-                    def _step(step):
-                        def multiply(slot):
-                            x_t = x_s.at[slot].transpose((1, 0))
-                            plgpu.wgmma(gate_sum, gate_s.at[slot, own_rows], x_t)
-                            plgpu.wgmma(up_sum, up_s.at[slot, own_rows], x_t)
-
-                        stream.use(turn * steps + step, multiply)
-
-                    return gate_sum[...], up_sum[...]
-
-                accumulator = plgpu.ACC((ROWS, M), jnp.float32)
-                gated, raised = pl.run_scoped(products, accumulator, accumulator)
+                if shared:
+                    share = jnp.where(listed == count[0], 1.0, 0.0)  # of the shared expert, whose weight is 1
+                    weight_M = weight_M * (1 - share) + share
+                gated = product(turn, gate_s)
+                plgpu.barrier_wait(raised_full)
+                raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
+                plgpu.barrier_arrive(raised_empty)
                 hidden = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, (ROWS, M), [1])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left its buffer
-                out_s[warpgroup] = hidden.astype(dtype)
+                out_s[...] = hidden.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    out_s.at[warpgroup], out.at[listed, pl.ds(feature * tile + warpgroup * ROWS, ROWS)]
-                )
+                plgpu.copy_smem_to_gmem(out_s, out.at[listed, pl.ds(feature * ROWS, ROWS)])
 
             plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((E + 1, F, M), dtype),
+        out_type=jax.ShapeDtypeStruct((T + 1, F, M), dtype),
         grid=(blocks,),
         grid_names=("block",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            shared_tile((stages, M, ROWS), dtype),
-            shared_tile((stages, tile, ROWS), dtype),
-            shared_tile((stages, tile, ROWS), dtype),
-            shared_tile((WARPGROUPS, ROWS, M), dtype),
+            shared_tile((stages, M, depth), dtype),
+            shared_tile((stages, ROWS, depth), dtype),
+            shared_tile((stages, ROWS, depth), dtype),
+            shared_tile((ROWS, M), jnp.float32),
+            shared_tile((ROWS, M), dtype),
             *barriers(copies=3, warpgroups=WARPGROUPS, stages=stages),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
         ],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_MD, *routed, *shared, ids_E, count_1, weights_EM)
+    )(x_GMD, *routed, *(shared or ()), ids_T, count_1, weights)
 
 
 @kernel("blocks")
@@ -160,10 +197,11 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
 
     The parts are float32. A block of threads has 128 output features and every P-th expert.
     """
-    (_, F, M), D = hidden_AFM.shape, down_EDF.shape[1]
+    (_, F, M), (E, D, _) = hidden_AFM.shape, down_EDF.shape
     dtype, tile = hidden_AFM.dtype, WARPGROUPS * ROWS
-    steps, parts = F // ROWS, max(1, blocks // (D // tile))
-    stages = stages_that_fit((tile + M) * ROWS * dtype.itemsize, tile * M * 4)
+    depth = stage_depth(M)
+    steps, parts = F // depth, max(1, blocks // (D // tile))
+    stages = stages_that_fit((tile + M) * depth * dtype.itemsize, tile * M * 4)
 
     def body(hidden, down, shared_down, ids, count, out, hidden_s, down_s, out_s, full, empty):
         warpgroup, part = lax.axis_index("warpgroup"), lax.axis_index("part")
@@ -178,8 +216,8 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
             def load(step, slot, barrier):
                 listed = part + lax.div(step, steps) * parts
                 is_shared = listed == count[0]
-                expert = _expert_at(ids, listed)
-                columns = pl.ds(lax.rem(step, steps) * ROWS, ROWS)
+                expert = expert_at(ids, listed, E)
+                columns = pl.ds(lax.rem(step, steps) * depth, depth)
                 plgpu.copy_gmem_to_smem(hidden.at[listed, columns], hidden_s.at[slot], barrier)
 
                 @pl.when(~is_shared)
@@ -222,8 +260,8 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            shared_tile((stages, ROWS, M), dtype),
-            shared_tile((stages, tile, ROWS), dtype, row_bytes=row_bytes),
+            shared_tile((stages, depth, M), dtype),
+            shared_tile((stages, tile, depth), dtype, row_bytes=row_bytes),
             shared_tile((WARPGROUPS, M, ROWS), jnp.float32),
             *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
         ],
@@ -232,7 +270,11 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
     )(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1)
 
 
-def _expert_at(ids, place: jax.Array) -> jax.Array:
+def stage_depth(rows: int) -> int:
+    """Columns of the weights in a stage: few large copies, if the rows leave room for several stages."""
+    return 2 * ROWS if rows <= ROWS else ROWS
+
+
+def expert_at(ids, place: jax.Array, experts: int) -> jax.Array:
     """The expert that stands at a place of the list; any expert past its end, where the shared one is."""
-    last = ids.shape[0] - 1
-    return jnp.minimum(ids[jnp.minimum(place, last)], last)
+    return jnp.minimum(ids[jnp.minimum(place, ids.shape[0] - 1)], experts - 1)

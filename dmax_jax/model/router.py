@@ -14,9 +14,11 @@ def route(x_MD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, config: Mode
     from the best groups, and the weights are the unbiased scores, normalised and scaled. It may be an array [>= M, E],
     a bias of its own for every row.
     """
-    scores_ME = jax.nn.sigmoid(
-        jnp.dot(x_MD.astype(jnp.float32), router_ED.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
-    )
+    # Products of bfloat16 values are exact in TF32, too, which a GPU's default rounds factors to.
+    exact = {x_MD.dtype, router_ED.dtype} == {jnp.dtype(jnp.bfloat16)}
+    precision = jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGHEST
+    logits_ME = jnp.dot(x_MD.astype(jnp.float32), router_ED.astype(jnp.float32).T, precision=precision)
+    scores_ME = jax.nn.sigmoid(logits_ME)
     return choose_experts(
         scores_ME,
         scores_ME + (bias_E[None] if bias_E.ndim == 1 else bias_E[: len(x_MD)]),

@@ -70,7 +70,9 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = state_shardings(run, model, mesh)
-    step = jax.jit(train_step, donate_argnames="state", out_shardings=(shardings, None))
+    # Otherwise XLA chooses a GPU's products by how long they take while it compiles, so every start rounds differently.
+    options = {"xla_gpu_deterministic_ops": True} if run.deterministic else {}
+    step = jax.jit(train_step, donate_argnames="state", out_shardings=(shardings, None), compiler_options=options)
     return functools.partial(step, key=key)  # an argument, so that another seed is the same program
 
 

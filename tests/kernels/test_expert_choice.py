@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels import expert_choice
-from dmax_jax.kernels.expert_choice import choose_by_ranks, choose_experts, choose_in_registers, list_active
+from dmax_jax.kernels.expert_choice import choose_by_counting, choose_by_ranks, choose_experts, list_active
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
 SETTINGS = {"groups": 4, "kept_groups": 2, "experts_per_row": 5, "scale": 2.5}
@@ -27,21 +27,30 @@ def test_active_ones_are_listed_in_order():
     assert list_active(jnp.zeros(3, bool))[1].tolist() == [0]
 
 
+def with_groups(groups: int, kept_groups: int, experts_per_row: int) -> dict:
+    return {"groups": groups, "kept_groups": kept_groups, "experts_per_row": experts_per_row, "scale": 2.5}
+
+
 @needs_interpreter
 @pytest.mark.parametrize(
     ("rows", "experts", "settings"),
     [
-        (1, 128, SETTINGS),
-        (20, 128, SETTINGS),
-        (64, 128, SETTINGS),
-        (32, 256, {"groups": 8, "kept_groups": 4, "experts_per_row": 8, "scale": 2.5}),
+        (1, 64, with_groups(8, 4, 4)),
+        (3, 64, with_groups(2, 1, 6)),
+        (5, 128, SETTINGS),
+        (32, 64, with_groups(4, 1, 7)),
+        (65, 64, with_groups(4, 3, 4)),
+        (5, 256, with_groups(8, 4, 8)),
+        (2, 256, with_groups(16, 2, 8)),
+        (2, 256, with_groups(32, 5, 8)),
     ],
 )
-def test_the_kernel_equals_the_plain_function(rows, experts, settings):
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_kernel_equals_the_plain_function(rows, experts, settings, alike):
     scores, biased = draw(rows, rows, experts)
-    if rows == 20:  # all alike, so that few experts are active
-        scores, biased = (jnp.repeat(array[:1], rows, axis=0) for array in (scores, biased))
-    found = interpreted(choose_in_registers, scores, biased, **settings)
+    if alike:  # everything is a tie
+        scores, biased = jnp.full_like(scores, 0.5), jnp.full_like(biased, -0.25)
+    found = interpreted(choose_by_counting, scores, biased, **settings)
     expected = choose_by_ranks(scores, biased, **settings)
     np.testing.assert_allclose(found.weights_ME, expected.weights_ME, rtol=1e-6)
     np.testing.assert_array_equal(found.columns_EM[:, :rows], found.weights_ME.T)
@@ -59,7 +68,7 @@ def test_a_hopper_gpu_runs_the_kernel_and_differentiates_the_plain_function(monk
     def stand_in(*arguments, **settings):
         seen.append(settings)
         plain = choose_by_ranks(*arguments, **settings)
-        shapes = jax.eval_shape(functools.partial(choose_in_registers, **settings), *arguments)
+        shapes = jax.eval_shape(functools.partial(choose_by_counting, **settings), *arguments)
         assert jax.tree.map(lambda leaf: leaf.shape, plain) == jax.tree.map(lambda leaf: leaf.shape, shapes)
         return plain
 
@@ -68,11 +77,11 @@ def test_a_hopper_gpu_runs_the_kernel_and_differentiates_the_plain_function(monk
 
     plain = jax.grad(functools.partial(loss, choose_experts))(*inputs)
     monkeypatch.setattr(expert_choice, "is_hopper", lambda: True)
-    monkeypatch.setattr(expert_choice, "choose_in_registers", stand_in)
+    monkeypatch.setattr(expert_choice, "choose_by_counting", stand_in)
     np.testing.assert_array_equal(jax.grad(functools.partial(loss, choose_experts))(*inputs), plain)
     assert seen == [SETTINGS]
     assert np.abs(plain).max() > 0
-    for shape in ((65, 128), (6, 512), (6, 96)):  # more rows or experts than the kernel takes, and a ragged number
+    for experts, groups in ((512, 8), (96, 4), (64, 16), (256, 4)):  # too many, ragged; groups too small, too large
         seen.clear()
-        choose_experts(*draw(0, *shape), **SETTINGS)
+        choose_experts(*draw(0, 6, experts), **SETTINGS | {"groups": groups})
         assert not seen

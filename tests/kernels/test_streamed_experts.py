@@ -49,7 +49,7 @@ def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen):
 @needs_interpreter
 def test_the_first_kernel_alone_has_no_races_either():
     x, experts, shared, choice = inputs_of(32)
-    arguments = x, tuple(experts[:2]), tuple(shared[:2]), choice.ids_E, choice.count_1, choice.columns_EM
+    arguments = x[None], tuple(experts[:2]), tuple(shared[:2]), choice.ids_E, choice.count_1, choice.columns_EM
     hidden = interpreted(expert_hidden, *arguments, blocks=5)
     gate, up = (np.asarray(x @ array.T, np.float32) for array in shared[:2])
     expected = (gate / (1 + np.exp(-gate)) * up).T  # behind the listed ones

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -27,6 +28,7 @@ RUN = RunConfig(
     batch_size=8,
     block_length=BLOCK,
     dtype="float32",
+    deterministic=True,  # every backend must take the compiler's option
     objective=ObjectiveConfig(kind="oput", rollout="sample"),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_ratio=0.3, router_bias_rate=1e-2),
 )
@@ -61,6 +63,14 @@ def train(mesh_config: MeshConfig, steps: int):
 @pytest.fixture(scope="module")
 def one_device():
     return train(MeshConfig(data=1), steps=5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_deterministic_run_is_compiled_as_one(monkeypatch, deterministic):
+    asked = []
+    monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options) or function)
+    make_train_step(dataclasses.replace(RUN, deterministic=deterministic), SMALL, make_mesh(MeshConfig()))
+    assert asked[-1]["compiler_options"].get("xla_gpu_deterministic_ops", False) == deterministic
 
 
 def test_eight_devices_train_as_one_does(one_device):

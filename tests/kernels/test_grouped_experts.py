@@ -1,0 +1,71 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmax_jax.kernels.expert_choice import listed
+from dmax_jax.kernels.grouped_experts import group_rows, grouped_experts, tile_outputs, tile_rows
+from dmax_jax.kernels.routed_experts import ragged_experts
+from tests.kernels.interpreter import interpreted, needs_interpreter
+from tests.kernels.test_routed_experts import draw
+
+D, F = 256, 128
+
+
+def single(tree, dtype):
+    return jax.tree.map(lambda array: jnp.asarray(array, dtype), tree)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("blocks", [2, 7])
+@pytest.mark.parametrize(
+    ("rows", "experts", "per_row", "chosen", "among"),
+    [
+        (40, 12, 3, 3, None),  # tiles of 16
+        (50, 6, 3, 3, [0, 2, 5]),  # tiles of 64, experts with every row and with none
+        (70, 3, 2, 2, None),  # tiles of 128
+        (20, 12, 4, 2, None),  # fewer experts than a row may have
+    ],
+)
+def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, among, blocks):
+    x, weights, routed, shared = draw(rows, rows, D, F, experts, chosen, among, shared_width=64)
+    choice = listed(single(weights, jnp.float32))
+    given = single((x, routed, shared), jnp.bfloat16)
+    found = interpreted(grouped_experts, given[0], choice, *given[1:], experts_per_row=per_row, blocks=blocks)
+    wide = single(given, jnp.float32)
+    exact = ragged_experts(wide[0], choice, *wide[1:], experts_per_row=per_row)
+    assert found.dtype == jnp.bfloat16
+    assert np.linalg.norm(found - exact) < 0.006 * np.linalg.norm(exact)  # bfloat16 before the sum over experts
+
+
+@pytest.mark.parametrize(("rows", "experts", "chosen"), [(1, 4, 1), (33, 8, 2), (64, 4, 4), (5, 3, 0)])
+def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert(rows, experts, chosen):
+    _, weights, _, _ = draw(rows, rows, D, F, experts, chosen, None, shared_width=F)
+    tile = 16
+    groups = jax.jit(group_rows, static_argnums=(1, 2))(jnp.asarray(weights, jnp.float32), max(chosen, 1), tile)
+    counts = (np.asarray(weights) > 0).sum(axis=0)
+    assert groups.count_1.tolist() == [sum(-(-counts // tile))]
+    held = {}
+    for t in range(groups.count_1[0]):
+        for row, weight in zip(groups.rows_TR[t].tolist(), groups.weights_TR[t].tolist(), strict=True):
+            if weight > 0:
+                held[row, int(groups.ids_T[t])] = weight
+    expected = {(m, e): weights[m, e] for m, e in zip(*np.nonzero(weights), strict=True)}
+    assert held.keys() == expected.keys()
+    np.testing.assert_allclose([held[pair] for pair in expected], list(expected.values()), rtol=1e-6)
+    places = np.asarray(groups.places_MX)[np.asarray(groups.taken_MX)]
+    assert len(set(places.tolist())) == len(places) == rows * chosen
+    assert (np.asarray(groups.rows_TR).reshape(-1)[places] == np.repeat(np.arange(rows), chosen)).all()
+
+
+def test_tiles_have_room_for_most_experts():
+    assert [tile_rows(pairs, 256) for pairs in (8, 256, 2048, 4096, 8192, 10**6)] == [16, 16, 16, 32, 64, 128]
+
+
+@needs_interpreter
+def test_the_second_kernel_alone_has_no_races_either():
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(4, F, 16)), jnp.bfloat16)
+    down = jnp.asarray(np.random.default_rng(1).normal(size=(2, D, F)), jnp.bfloat16)
+    found = interpreted(tile_outputs, hidden, down, jnp.array([0, 1, 1]), jnp.array([3]), blocks=5)
+    exact = jnp.einsum("tfr,tdf->trd", hidden[:3].astype(jnp.float32), down[jnp.array([0, 1, 1])].astype(jnp.float32))
+    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0.01, atol=0.1)
