@@ -17,12 +17,12 @@ MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every
 
 @struct.dataclass
 class Choice:
-    """`ids_E` lists the experts in which some row has a weight, in ascending order; past the count it means nothing."""
+    """`ids_E` lists the active experts, in which some row has a weight, in ascending order; after them any number."""
 
     weights_ME: jax.Array  # float32; 0 where a row does not take an expert
     columns_EM: jax.Array  # the same, an expert's weights side by side; filled up with 0 to a multiple of 64 columns
     ids_E: jax.Array
-    count_1: jax.Array
+    upto_E: jax.Array  # how many are active up to each one; the last says how many there are
 
 
 def choose_experts(
@@ -65,14 +65,14 @@ def listed(weights_ME: jax.Array) -> Choice:
 
 
 def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Indices of the true entries in ascending order [E], and their number [1].
+    """Indices of the true entries in ascending order, and how many there are up to each entry.
 
     Compared and summed rather than sorted or scattered, which a GPU does in few small programs.
     """
     order_E = jnp.arange(active_E.shape[0])
     upto_E = jnp.sum((order_E[None, :] <= order_E[:, None]) & active_E[None, :], axis=1, dtype=jnp.int32)
     # The a-th active one is the first up to which there are a + 1, so those up to which there are fewer stand before.
-    return jnp.sum(upto_E[None, :] <= order_E[:, None], axis=1, dtype=jnp.int32), upto_E[-1:]
+    return jnp.sum(upto_E[None, :] <= order_E[:, None], axis=1, dtype=jnp.int32), upto_E
 
 
 def choose_by_counting(scores_ME: jax.Array, biased_ME: jax.Array, **settings) -> Choice:

@@ -42,8 +42,8 @@ def grouped_experts(
     groups = group_rows(choice.weights_ME, experts_per_row, tile_rows(M * experts_per_row, E))
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
     x_TRD = x_MD[groups.rows_TR]
-    hidden_TFR = expert_hidden(x_TRD, experts[:2], None, groups.ids_T, groups.count_1, groups.weights_TR, **how)
-    out_TRD = tile_outputs(hidden_TFR, experts[2], groups.ids_T, groups.count_1, **how)
+    hidden_TFR = expert_hidden(x_TRD, experts[:2], None, groups.ids_T, groups.upto_E, groups.weights_TR, **how)
+    out_TRD = tile_outputs(hidden_TFR, experts[2], groups.ids_T, groups.upto_E, **how)
     out_MXD = out_TRD.reshape(-1, D)[groups.places_MX].astype(jnp.float32)
     out_MXD = jnp.where(groups.taken_MX[:, :, None], out_MXD, 0)
     return jnp.sum(out_MXD, axis=1).astype(x_MD.dtype) + swiglu(x_MD, *shared)
@@ -51,12 +51,12 @@ def grouped_experts(
 
 @struct.dataclass
 class Groups:
-    """T tiles of R rows, the first `count_1` of which hold rows; `ids_T` says whose they are."""
+    """T tiles of R rows: those of the experts up to e are the first `upto_E[e]`, and `ids_T` says whose each is."""
 
     rows_TR: jax.Array  # any row where there is none
     weights_TR: jax.Array  # 0 where there is no row
     ids_T: jax.Array
-    count_1: jax.Array
+    upto_E: jax.Array
     places_MX: jax.Array  # of every row's pairs among the T R places
     taken_MX: jax.Array  # false for the pairs that a row has too few experts for
 
@@ -91,15 +91,15 @@ def group_rows(weights_ME: jax.Array, experts_per_row: int, tile: int) -> Groups
         rows_TR=spread(jnp.broadcast_to(jnp.arange(M)[:, None], places_MX.shape)),
         weights_TR=spread(weights_MX),
         ids_T=jnp.sum(upto_E[None] <= jnp.arange(T)[:, None], axis=1, dtype=jnp.int32),
-        count_1=upto_E[-1:],
+        upto_E=upto_E,
         places_MX=jnp.where(taken_MX, places_MX, 0),
         taken_MX=taken_MX,
     )
 
 
 @kernel("blocks")
-def tile_outputs(hidden_TFR, down_EDF, ids_T, count_1, *, blocks: int, interpret=False) -> jax.Array:
-    """down hidden of every tile: [T, R, D]; what lies past the count is not written.
+def tile_outputs(hidden_TFR, down_EDF, ids_T, upto_E, *, blocks: int, interpret=False) -> jax.Array:
+    """down hidden of every tile: [T, R, D]; what lies past the last of `upto_E` is not written.
 
     Blocks of threads walk over (tile, 128 features) in turn.
     """
@@ -109,9 +109,9 @@ def tile_outputs(hidden_TFR, down_EDF, ids_T, count_1, *, blocks: int, interpret
     steps, widths = F // depth, D // width
     stages = stages_that_fit((width + R) * depth * dtype.itemsize, width * R * dtype.itemsize)
 
-    def body(hidden, down, ids, count, out, hidden_s, down_s, out_s, full, empty):
+    def body(hidden, down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        own = pl.cdiv(count[0] * widths - block, blocks)
+        own = pl.cdiv(upto[upto.shape[0] - 1] * widths - block, blocks)
         stream = Stream(full, empty, stages)
 
         def place(turn):
@@ -174,4 +174,4 @@ def tile_outputs(hidden_TFR, down_EDF, ids_T, count_1, *, blocks: int, interpret
         ],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(hidden_TFR, down_EDF, ids_T, count_1)
+    )(hidden_TFR, down_EDF, ids_T, upto_E)

@@ -49,7 +49,7 @@ def streamed_experts(
     M = x_MD.shape[0]
     rows = max(16, 1 << (M - 1).bit_length())
     x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
-    tiles = choice.ids_E, choice.count_1
+    tiles = choice.ids_E, choice.upto_E
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
     hidden_AFM = expert_hidden(x_MD[None], experts[:2], shared[:2], *tiles, choice.columns_EM, **how)
     parts_PMD = expert_outputs(hidden_AFM, experts[2], shared[2], *tiles, **how)
@@ -57,13 +57,13 @@ def streamed_experts(
 
 
 @kernel("blocks")
-def expert_hidden(x_GMD, routed, shared, ids_T, count_1, weights, *, blocks: int, interpret=False) -> jax.Array:
+def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, interpret=False) -> jax.Array:
     """silu(gate x) * (up x) * weight for every listed expert and its rows: [T + 1, F, M]; M is 16, 32, 64 or 128.
 
     `routed` and `shared` are gate and up. With G = 1 all experts have the same rows, the weights are `[E, >= M]`, and
     the shared expert stands behind the listed ones. With G = T (`shared` None) the t-th listed expert, of which there
     may be several, has the t-th rows and weights `[T, M]`. Blocks of threads walk over tiles of (expert, 64 features)
-    in turn: one warpgroup multiplies by gate, one by up.
+    in turn: one warpgroup multiplies by gate, one by up. The last of `upto` is the number of listed experts.
     """
     (G, M, D), (E, F, _), T = x_GMD.shape, routed[0].shape, len(ids_T)
     dtype = x_GMD.dtype
@@ -74,10 +74,10 @@ def expert_hidden(x_GMD, routed, shared, ids_T, count_1, weights, *, blocks: int
 
     def body(x, gate, up, *refs):
         shared_refs, refs = (refs[:2], refs[2:]) if shared else (None, refs)
-        ids, count, weights, out, x_s, gate_s, up_s, raised_s, out_s, full, empty, raised_full, raised_empty = refs
+        ids, upto, weights, out, x_s, gate_s, up_s, raised_s, out_s, full, empty, raised_full, raised_empty = refs
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        listed_count = count[0] + (1 if shared else 0)
-        own = pl.cdiv(listed_count * tiles - block, blocks)  # tiles of this block
+        count = upto[upto.shape[0] - 1]
+        own = pl.cdiv((count + (1 if shared else 0)) * tiles - block, blocks)  # tiles of this block
         stream = Stream(full, empty, stages)
 
         def place(turn):
@@ -102,9 +102,9 @@ def expert_hidden(x_GMD, routed, shared, ids_T, count_1, weights, *, blocks: int
                 if shared_refs is None:
                     fetch_routed()
                     return
-                pl.when(listed < count[0])(fetch_routed)
+                pl.when(listed < count)(fetch_routed)
 
-                @pl.when(listed == count[0])
+                @pl.when(listed == count)
                 def _shared():
                     plgpu.copy_gmem_to_smem(shared_refs[0].at[features, columns], gate_s.at[slot], barrier)
                     plgpu.copy_gmem_to_smem(shared_refs[1].at[features, columns], up_s.at[slot], barrier)
@@ -155,7 +155,7 @@ def expert_hidden(x_GMD, routed, shared, ids_T, count_1, weights, *, blocks: int
                     weights.at[row, pl.ds(0, M)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
                 )
                 if shared:
-                    share = jnp.where(listed == count[0], 1.0, 0.0)  # of the shared expert, whose weight is 1
+                    share = jnp.where(listed == count, 1.0, 0.0)  # of the shared expert, whose weight is 1
                     weight_M = weight_M * (1 - share) + share
                 gated = product(turn, gate_s)
                 plgpu.barrier_wait(raised_full)
@@ -188,11 +188,11 @@ def expert_hidden(x_GMD, routed, shared, ids_T, count_1, weights, *, blocks: int
         ],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_GMD, *routed, *(shared or ()), ids_T, count_1, weights)
+    )(x_GMD, *routed, *(shared or ()), ids_T, upto, weights)
 
 
 @kernel("blocks")
-def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, blocks: int, interpret=False) -> jax.Array:
+def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, blocks: int, interpret=False) -> jax.Array:
     """Sums down hidden over the listed experts and the shared one, in P parts that are left to be added: [P, M, D].
 
     The parts are float32. A block of threads has 128 output features and every P-th expert.
@@ -203,10 +203,11 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
     steps, parts = F // depth, max(1, blocks // (D // tile))
     stages = stages_that_fit((tile + M) * depth * dtype.itemsize, tile * M * 4)
 
-    def body(hidden, down, shared_down, ids, count, out, hidden_s, down_s, out_s, full, empty):
+    def body(hidden, down, shared_down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
         warpgroup, part = lax.axis_index("warpgroup"), lax.axis_index("part")
         first = lax.axis_index("feature") * tile
-        own = pl.cdiv(count[0] + 1 - part, parts) * steps
+        count = upto[upto.shape[0] - 1]
+        own = pl.cdiv(count + 1 - part, parts) * steps
         stream = Stream(full, empty, stages)
 
         @pl.when(warpgroup == WARPGROUPS)
@@ -215,7 +216,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
 
             def load(step, slot, barrier):
                 listed = part + lax.div(step, steps) * parts
-                is_shared = listed == count[0]
+                is_shared = listed == count
                 expert = expert_at(ids, listed, E)
                 columns = pl.ds(lax.rem(step, steps) * depth, depth)
                 plgpu.copy_gmem_to_smem(hidden.at[listed, columns], hidden_s.at[slot], barrier)
@@ -267,7 +268,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1, *, bloc
         ],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(hidden_AFM, down_EDF, shared_down_DF, ids_E, count_1)
+    )(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E)
 
 
 def stage_depth(rows: int) -> int:

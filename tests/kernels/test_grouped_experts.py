@@ -44,9 +44,9 @@ def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert(rows, experts
     tile = 16
     groups = jax.jit(group_rows, static_argnums=(1, 2))(jnp.asarray(weights, jnp.float32), max(chosen, 1), tile)
     counts = (np.asarray(weights) > 0).sum(axis=0)
-    assert groups.count_1.tolist() == [sum(-(-counts // tile))]
+    assert groups.upto_E.tolist() == np.cumsum(-(-counts // tile)).tolist()
     held = {}
-    for t in range(groups.count_1[0]):
+    for t in range(groups.upto_E[-1]):
         for row, weight in zip(groups.rows_TR[t].tolist(), groups.weights_TR[t].tolist(), strict=True):
             if weight > 0:
                 held[row, int(groups.ids_T[t])] = weight
