@@ -10,6 +10,8 @@ per second (TPS; the prefill counts, compilation doesn't). --output writes one J
 list with an object per row: prompt_ids, token_ids, text, forwards, generated_tokens, tpf, tps, seconds (of its whole
 batch), method and all settings; with --trace also "trace", the block after each forward.
 
+--stream prints the answer to a single prompt block by block, as each is settled.
+
 --method, --checkpoint and --threshold may be repeated, to compare: the prompts are answered once per value, and the
 JSON is a list with an object per answer. Values are paired in order; a flag given once serves all.
 
@@ -63,6 +65,12 @@ TRACE = flags.DEFINE_bool(
     "Add to the JSON the block after every forward: block, step, token_ids, stop, confidences.",
     flag_values=FLAGS,
 )
+STREAM = flags.DEFINE_bool(
+    "stream",
+    False,
+    "Print the answer block by block as each is settled; one prompt, one method.",
+    flag_values=FLAGS,
+)
 
 Prompt = str | Messages | list[int]
 
@@ -72,6 +80,8 @@ def main() -> None:
     if TRACE.value and not OUTPUT.value:
         raise InputError("--trace needs --output: the trace is part of the JSON")
     runs = DECODING.runs()
+    if STREAM.value and (PROMPTS_FILE.value is not None or len(runs) > 1):
+        raise InputError("--stream is for one prompt and one method, checkpoint and threshold")
     policies = [run.policy() for run in runs]
     settings = DECODING.settings(trace=TRACE.value or HTML.value is not None)
     output = prepare_output(OUTPUT.value) if OUTPUT.value else None
@@ -102,16 +112,46 @@ def answer_prompts(
 ) -> list[Answer]:
     """Answers the prompts and prints each answer; the run's name, if any, stands before its figures."""
     ids = [encode(prompt, model) for prompt in prompts]
-    decoded = decode_prompts(model.params, model.config, ids, policy, settings)
+    stream = Stream(len(ids[0]), model, settings) if STREAM.value else None
+    decoded = decode_prompts(model.params, model.config, ids, policy, settings, on_block=stream)
     answers = []
     for answer in tqdm(decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size):
-        tqdm.write(shown(answer, model.tokenizer, name))  # does not tear the progress bar as print does
+        text = shown(answer, model.tokenizer, name)
+        # tqdm's does not tear the progress bar as print does.
+        tqdm.write(text if stream is None else text.removeprefix(stream.printed))
         answers.append(answer)
     if len(answers) > 1:
         tokens, forwards = (sum(getattr(a, field) for a in answers) for field in ("generated_tokens", "forwards"))
         tpf, tps = tokens / (forwards + len(answers)), tokens / total_seconds(answers, settings.batch_size)
         print(f"{name}together: {figures(tokens, forwards, tpf, tps)}")
     return answers
+
+
+class Stream:
+    """Prints an answer as far as its blocks are settled; `printed` is what stands there."""
+
+    def __init__(self, prompt_length: int, model: LoadedModel, settings: DecodeSettings):
+        self.printed = ""
+        self._model, self._settings = model, settings
+        self._first = prompt_length // settings.block_length * settings.block_length
+        self._prompt_part = prompt_length - self._first
+        self._blocks: dict[int, list[int]] = {}
+
+    def __call__(self, index: int, start: int, tokens: list[int]) -> None:
+        self._blocks[start] = tokens
+        ids, position = [], self._first
+        while position in self._blocks:  # they may come in another order
+            ids += self._blocks[position]
+            position += self._settings.block_length
+        text = answer_text(self._before_end(ids[self._prompt_part :]), self._model.tokenizer).rstrip("\ufffd")
+        if text.startswith(self.printed):  # not if a character is still in pieces
+            print(text[len(self.printed) :], end="", flush=True)
+            self.printed = text
+
+    def _before_end(self, ids: list[int]) -> list[int]:
+        given = self._settings.eos_id
+        eos_id = self._model.config.eos_token_id if given is None else given
+        return ids[: ids.index(eos_id)] if eos_id in ids else ids
 
 
 def prepare_html(name: str) -> pathlib.Path:
@@ -208,8 +248,12 @@ def prompt_text(prompt: Prompt, tokenizer: Tokenizer | None) -> str:
 
 def shown(answer: Answer, tokenizer: Tokenizer | None, name: str) -> str:
     """The text (or the ids) before the end token, and the line of figures."""
-    text = ",".join(map(str, answer.answer_ids)) if tokenizer is None else tokenizer.decode(answer.answer_ids)
+    text = answer_text(answer.answer_ids, tokenizer)
     return f"{text}\n{name}{figures(answer.generated_tokens, answer.forwards, answer.tpf, answer.tps)}"
+
+
+def answer_text(ids: list[int], tokenizer: Tokenizer | None) -> str:
+    return ",".join(map(str, ids)) if tokenizer is None else tokenizer.decode(ids)
 
 
 def figures(tokens: int, forwards: int, tpf: float, tps: float) -> str:

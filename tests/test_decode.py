@@ -139,6 +139,35 @@ def test_text_and_conversations(tmp_path, capsys):
     assert {**records[1], "seconds": 0, "tps": 0} == {**record, "seconds": 0, "tps": 0}
 
 
+def test_a_streamed_answer_reads_like_one_that_is_not(tmp_path, capsys, monkeypatch):
+    arguments = [TINY, "--input_ids=5,6,7,8,9", "--gen_length=24", "--block_length=8", "--threshold=0"]
+    run(*arguments)
+    expected = capsys.readouterr().out
+    told, tell = [], decode.Stream.__call__
+    monkeypatch.setattr(decode.Stream, "__call__", lambda self, *block: (told.append(block), tell(self, *block)))
+    run(*arguments, "--stream")
+    without_speed = [re.sub(r"[\d.]+ tokens/s", "", text) for text in (capsys.readouterr().out, expected)]
+    assert without_speed[0] == without_speed[1]
+    assert [(index, start) for index, start, _ in told] == [(0, 8 * block) for block in range(len(told))]
+
+
+def test_blocks_are_printed_in_their_order_and_whole_characters(capsys):
+    model = types.SimpleNamespace(
+        tokenizer=types.SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace")),
+        config=types.SimpleNamespace(eos_token_id=0),
+    )
+    text = [*"né".encode()]
+    stream = decode.Stream(3, model, batch.DecodeSettings(block_length=2))
+    shown = []
+    for start, tokens in [(4, text[1:]), (2, [9, text[0]]), (6, [33, 0])]:
+        stream(0, start, tokens)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["", "né", "!"]
+    stream = decode.Stream(0, model, batch.DecodeSettings(block_length=2))
+    stream(0, 0, text[:2])  # half of the last character
+    assert capsys.readouterr().out == "n"
+
+
 def test_what_is_compared_is_named_and_plays_side_by_side(tmp_path, capsys, monkeypatch):
     names = [write_random_model(tmp_path / name) for name in ("one", "two")]
     loads, load = [], decode.DecodingFlags.load
@@ -229,6 +258,7 @@ def error_of(capsys, *arguments) -> str:
         ("--input_ids=5 --colour=red", "colour"),
         ("--input_ids=5 more", "'more'"),
         ("--input_ids=5 --trace", "--trace needs --output"),
+        ("--input_ids=5 --threshold=1 --threshold=0 --stream", "--stream is for one prompt"),
         ("--input_ids=5 --method=spd --method=fast", "--method=fast"),
         ("--input_ids=5 --method=spd --threshold=1 --threshold=7", "threshold=7.0"),
         (

@@ -1,8 +1,9 @@
 """Prompts in, answers out: buckets, batches, timing, and what a finished row says."""
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -79,19 +80,21 @@ def decode_prompts(
     settings: DecodeSettings,
     *,
     first_index: int = 0,
+    on_block: Callable[[int, int, list[int]], None] | None = None,
 ) -> Iterator[Answer]:
     """Yields the answer to every prompt, in order, `settings.batch_size` at a time.
 
     A prompt's noise depends on the seed and its index alone. `first_index` is that of the first prompt, if these are
-    the rest of more prompts: after whole batches, the same batches follow as if all were given. Raises InputError for
-    a prompt that can't be decoded.
+    the rest of more prompts: after whole batches, the same batches follow as if all were given. `on_block` hears of
+    every block as soon as it is left: the prompt's index, the position of the block, and its tokens, of which the first
+    may be the prompt's; listening compiles each batch anew. Raises InputError for a prompt that can't be decoded.
     """
     for index, prompt in enumerate(prompts, first_index):
         check_prompt(prompt, index, config, settings)
     size = min(settings.batch_size, first_index + len(prompts))
     for first in range(0, len(prompts), size or 1):
         batch = prompts[first : first + size]
-        yield from _decode_batch(params, config, batch, first_index + first, size, policy, settings)
+        yield from _decode_batch(params, config, batch, first_index + first, size, policy, settings, on_block)
 
 
 def check_prompt(prompt: Sequence[int], index: int, config: ModelConfig, settings: DecodeSettings) -> None:
@@ -118,7 +121,9 @@ def prefill_bucket(length: int, block_length: int) -> int:
     return block_length * (1 << (blocks - 1).bit_length() if blocks else 0)
 
 
-def _decode_batch(params, config, prompts, first: int, size: int, policy, settings: DecodeSettings) -> Iterator[Answer]:
+def _decode_batch(
+    params, config, prompts, first: int, size: int, policy, settings: DecodeSettings, on_block
+) -> Iterator[Answer]:
     W = settings.block_length
     geometry = Geometry(
         prefill=prefill_bucket(max(map(len, prompts)), W), block_length=W, blocks=1 + -(-settings.gen_length // W)
@@ -136,15 +141,22 @@ def _decode_batch(params, config, prompts, first: int, size: int, policy, settin
         "mask_id": np.int32(config.mask_token_id if settings.mask_id is None else settings.mask_id),
         "eos_id": eos_id,
     }
-    static = {"geometry": geometry, "config": config, "trace": settings.trace}
+    on_blocks = None if on_block is None else functools.partial(_tell_rows, on_block, first)
+    static = {"geometry": geometry, "config": config, "trace": settings.trace, "on_blocks": on_blocks}
     # Compiled ahead, so that the time below is decoding alone; a known shape comes from jit's own cache.
     compiled = generate.lower(params, prompt_BP, length_B, keys_B, **dynamic, **static).compile()
     start = time.perf_counter()
     generation = jax.block_until_ready(compiled(params, prompt_BP, length_B, keys_B, **dynamic))
     seconds = time.perf_counter() - start
+    jax.effects_barrier()  # every block has been told of
     generation = jax.device_get(generation)
     for row, prompt in enumerate(prompts):
         yield _answer(generation, row, prompt, int(eos_id), seconds)
+
+
+def _tell_rows(on_block, first: int, left_B, start_B, tokens_BW) -> None:
+    for row in np.flatnonzero(left_B):
+        on_block(first + int(row), int(start_B[row]), np.asarray(tokens_BW[row]).tolist())
 
 
 def _answer(generation: Generation, row: int, prompt: Sequence[int], eos_id: int, seconds: float) -> Answer:

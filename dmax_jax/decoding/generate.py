@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.experimental import io_callback
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.decoding.baselines import credit_step, hierarchical_step, threshold_step
@@ -48,7 +51,10 @@ class Generation:
     active_experts: jax.Array | None  # per sparse layer: experts that a forward ran, summed over the forwards
 
 
-@functools.partial(jax.jit, static_argnames=("geometry", "config", "trace", "count_experts"))
+BlockListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # left_B, start_B and tokens_BW of a forward
+
+
+@functools.partial(jax.jit, static_argnames=("geometry", "config", "trace", "count_experts", "on_blocks"))
 def generate(
     params: Params,
     prompt_BP: jax.Array,
@@ -63,16 +69,21 @@ def generate(
     eos_id: int | jax.Array,
     trace: bool = False,
     count_experts: bool = False,
+    on_blocks: BlockListener | None = None,
 ) -> Generation:
     """Decodes every row's answer of `gen_length` tokens, rounded up to whole blocks (paper, section 3.3).
 
     `prompt_BP` is padded to P = geometry.prefill + block_length; a row of length 0 is padding and decodes nothing. The
-    outcome of a row depends on its own prompt and key alone.
+    outcome of a row depends on its own prompt and key alone. `on_blocks` is called on the host after every forward in
+    which a row has left its block, with what that block holds; the calls may come late, but never before its tokens.
     """
 
     def step(rows: Rows, commit: bool) -> Rows:
         logits_BWV, rows = forward_blocks(params, rows, config, commit=commit)
-        return decode_step(rows, logits_BWV, keys_B, functools.partial(embed, params), policy, mask_id, eos_id)
+        new = decode_step(rows, logits_BWV, keys_B, functools.partial(embed, params), policy, mask_id, eos_id)
+        if on_blocks is not None:
+            tell(on_blocks, rows, new)
+        return new
 
     def must_commit(rows: Rows) -> jax.Array:
         return jnp.any(rows.uncached_B & ~rows.done_B)
@@ -158,6 +169,17 @@ def decode_step(rows: Rows, logits_BWV, keys_B, embed_tokens, policy: Policy, ma
     if policy.fill_leftover_masks:
         block = fill_leftover_masks(block, left_B, logits_BWV, mask_id)
     return leave_blocks(rows, block, left_B, embed_tokens, mask_id, eos_id)
+
+
+def tell(on_blocks: BlockListener, old: Rows, new: Rows) -> None:
+    """Calls the listener if a row has left its block between two states."""
+    left_B = (new.start_B != old.start_B) | (new.done_B & ~old.done_B)
+    tokens_BW = slice_rows(new.tokens_BT, old.start_B, old.block.tokens_BW.shape[1])
+
+    def call() -> None:
+        io_callback(on_blocks, None, left_B, old.start_B, tokens_BW)
+
+    jax.lax.cond(jnp.any(left_B), call, lambda: None)
 
 
 def fill_leftover_masks(block: Block, left_B: jax.Array, logits_BWV: jax.Array, mask_id: int) -> Block:

@@ -149,3 +149,20 @@ def test_senseless_settings_are_refused(name):
         DecodeSettings(**{name: 0})
     with pytest.raises(InputError, match="seed=-1"):
         DecodeSettings(seed=-1)
+
+
+def test_a_listener_hears_of_every_block_with_its_final_tokens(params):
+    prompts, heard = [[1, 2, 3, 4, 5], [6], [7, 8, 9]], {}
+
+    def listen(index: int, start: int, tokens: list[int]) -> None:
+        assert start not in heard.setdefault(index, {})
+        heard[index][start] = tokens
+
+    answers = list(decode_prompts(params, SMALL, prompts, POLICY, SETTINGS, on_block=listen))
+    assert answers[0].token_ids == decode(params, prompts)[0].token_ids
+    for index, answer in enumerate(answers):
+        whole = answer.prompt_ids + answer.token_ids
+        assert min(heard[index]) == len(answer.prompt_ids) // 4 * 4
+        assert max(heard[index]) + 4 >= len(answer.prompt_ids) + answer.generated_tokens
+        for start, tokens in heard[index].items():
+            assert tokens == whole[start : start + 4]
