@@ -2,6 +2,7 @@
 
   python -m dmax_jax.benchmark decode --config=configs/llada2_mini.py
   python -m dmax_jax.benchmark decode --checkpoint=DIR --batch_size=8 --context=1024 --output=FILE.json
+  python -m dmax_jax.benchmark decode --config=configs/llada2_mini.py --batch_size=1,4,16,64 --plot=FILE.png
 
 Runs the generate loop of `decode` (soft parallel decoding) on random prompts, with a fixed number of forwards per
 block, on a checkpoint or on random weights of a configuration's model. After a warm-up it prints the median time of a
@@ -10,11 +11,13 @@ bandwidth measured in the same process: the limit. --routing=uniform sends every
 a model whose experts are balanced; random weights alone would make similar rows share theirs.
 
 The first block and the prefill are timed apart. Compilation is not part of any time but its own. The kernels for Hopper
-GPUs run in a process that sees a single one: CUDA_VISIBLE_DEVICES=0 picks it.
+GPUs run in a process that sees a single one: CUDA_VISIBLE_DEVICES=0 picks it. Several batch sizes share one start; each
+prints its line as it is done, and the JSON is a list.
 """
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 from absl import flags
@@ -29,20 +32,25 @@ from dmax_jax.errors import InputError
 from dmax_jax.kernels.hopper import is_hopper
 from dmax_jax.measuring.bandwidth import read_bandwidth
 from dmax_jax.measuring.decoding import DecodeProblem, compile_decoding, required_bytes, time_decoding
+from dmax_jax.measuring.plots import plot_batches
 from dmax_jax.measuring.weights import random_params, route_uniformly
 from dmax_jax.model.params import Params, count_params
 from dmax_jax.output_file import prepare_output, write_json
 from dmax_jax.sharding import Mesh, make_mesh
+from dmax_jax.study.plots import require_matplotlib
 
 FLAGS = flags.FlagValues()
 CONFIG = flags.DEFINE_string("config", None, "File whose model gets random weights.", flag_values=FLAGS)
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Weights to use instead, as for decode.", flag_values=FLAGS)
-for field in dataclasses.fields(DecodeProblem):
+BATCH_SIZES = flags.DEFINE_list(
+    "batch_size", ["1"], "Rows decoded together; several numbers are measured one after the other.", flag_values=FLAGS
+)
+SIZES = [field for field in dataclasses.fields(DecodeProblem) if field.name != "batch_size"]
+for field in SIZES:
     flags.DEFINE_integer(
         field.name,
         field.default,
         {
-            "batch_size": "Rows decoded together.",
             "block_length": "Positions of a block.",
             "context": "Positions of the prompt: whole blocks.",
             "blocks": "Blocks whose forwards are timed.",
@@ -68,15 +76,26 @@ BANDWIDTH_BYTES = flags.DEFINE_integer(
     "bandwidth_bytes", None, "Bytes that every device reads to measure the bandwidth; default: 4 GiB on a GPU, 256 MiB "
     "on a CPU.", lower_bound=4, flag_values=FLAGS,
 )  # fmt: skip
-PROFILE = flags.DEFINE_string("profile", None, "Directory for a trace of one more run.", flag_values=FLAGS)
+PROFILE = flags.DEFINE_string(
+    "profile", None, "Directory for a trace of one more run, of the last batch size.", flag_values=FLAGS
+)
 OUTPUT = flags.DEFINE_string("output", None, "JSON file to write.", flag_values=FLAGS)
+PLOT = flags.DEFINE_string(
+    "plot",
+    None,
+    "PNG file to write: a forward's time and tokens per second against the batch size.",
+    flag_values=FLAGS,
+)
 
 
 def main() -> None:
-    problem = DecodeProblem(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(DecodeProblem)})
+    problems = requested_problems()
     if bool(CONFIG.value) == bool(CHECKPOINT.value):
         raise InputError("give either --config (random weights) or --checkpoint")
     output = prepare_output(OUTPUT.value) if OUTPUT.value else None
+    if PLOT.value is not None:
+        require_matplotlib()
+        plot = prepare_output(PLOT.value, "--plot")
     sizes = parse_mesh(MESH.value)
     if sizes.data != 1 or sizes.expert != 1:
         raise InputError(f"--mesh={MESH.value}: decoding is measured on tensor:N; the other axes would repeat the work")
@@ -85,41 +104,64 @@ def main() -> None:
     start = time.perf_counter()
     config, params = load_model(mesh)
     jax.block_until_ready(params)
-    weights_seconds = time.perf_counter() - start
-    routed = params
-    if ROUTING.value == "uniform":
-        rows = problem.batch_size * max(problem.context, 2 * problem.block_length)
-        routed = route_uniformly(params, rows, jax.random.key(SEED.value + 1))
-    times = time_decoding(routed, config, problem)
+    loaded = {"parameters": count_params(config), "weights_seconds": time.perf_counter() - start}
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    bandwidth = read_bandwidth(mesh, BANDWIDTH_BYTES.value or (2**28 if on_cpu else 2**32))
-    needed = required_bytes(params, config, problem, times.active_experts)
+    loaded["bandwidth"] = read_bandwidth(mesh, BANDWIDTH_BYTES.value or (2**28 if on_cpu else 2**32))
+    records = []
+    for problem in problems:
+        routed = params
+        if ROUTING.value == "uniform":
+            rows = problem.batch_size * max(problem.context, 2 * problem.block_length)
+            routed = route_uniformly(params, rows, jax.random.key(SEED.value + 1))
+        records.append(measure(routed, params, config, problem, mesh, loaded))
+        if output:  # after each, so that what is measured is not lost
+            write_json(output, records[0] if len(problems) == 1 else records, indent=1)
+        if len(problems) == 1:
+            print(table(records[0]))
+        else:
+            print(f"{'' if len(records) > 1 else HEADING}{line(records[-1])}", flush=True)
+    if PLOT.value is not None:
+        plot_batches(records, plot)
     if PROFILE.value:
         run = compile_decoding(routed, config, problem)
         with jax.profiler.trace(PROFILE.value):
             jax.block_until_ready(run(1 + problem.blocks))
-    limit_ms = 1e3 * needed.total / bandwidth
-    record = {
+
+
+def requested_problems() -> list[DecodeProblem]:
+    """One per batch size; raises InputError for what is no whole number, or too small."""
+    sizes = {field.name: FLAGS[field.name].value for field in SIZES}
+    try:
+        return [DecodeProblem(batch_size=int(text), **sizes) for text in BATCH_SIZES.value or [""]]
+    except InputError:
+        raise
+    except ValueError:
+        raise InputError(f"--batch_size={','.join(BATCH_SIZES.value)}: write numbers, such as 1,2,4") from None
+
+
+def measure(
+    routed: Params, params: Params, config: ModelConfig, problem: DecodeProblem, mesh: Mesh, loaded: dict[str, Any]
+) -> dict[str, Any]:
+    """What --output holds of one problem; `routed` are the weights with the routing that is asked for."""
+    times = time_decoding(routed, config, problem)
+    needed = required_bytes(params, config, problem, times.active_experts)
+    limit_ms = 1e3 * needed.total / loaded["bandwidth"]
+    return {
         **{flag.name: flag.value for flag in (CONFIG, CHECKPOINT, DTYPE, ROUTING, MESH, SEED)},
         **dataclasses.asdict(problem),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
         "jax": jax.__version__,
         "hopper_kernels": is_hopper(),
-        "parameters": count_params(config),
-        "weights_seconds": weights_seconds,
+        **loaded,
         "mean_context": problem.mean_context,
         **dataclasses.asdict(times),
         "required_bytes": dataclasses.asdict(needed) | {"total": needed.total},
-        "bandwidth": bandwidth,
         "limit_ms": limit_ms,
         "fraction_of_limit": limit_ms / times.ms_per_forward,
         "tpf": TPF.value,
         "tps": 1e3 * TPF.value * problem.batch_size / times.ms_per_forward,
     }
-    if output:
-        write_json(output, record, indent=1)
-    print(table(record))
 
 
 def load_model(mesh: Mesh) -> tuple[ModelConfig, Params]:
@@ -132,7 +174,21 @@ def load_model(mesh: Mesh) -> tuple[ModelConfig, Params]:
     return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh)
 
 
-def table(record: dict) -> str:
+HEADING = "rows   ms/forward   limit ms   reached   active experts   tokens/s   of each row   prefill ms   peak GB\n"
+
+
+def line(record: dict[str, Any]) -> str:
+    """The record as one line under HEADING."""
+    active, peak = record["active_experts"], record["peak_bytes"]
+    return (
+        f"{record['batch_size']:4}   {record['ms_per_forward']:10.3f}   {record['limit_ms']:8.3f}   "
+        f"{100 * record['fraction_of_limit']:5.1f} %   {sum(active) / len(active) if active else 0:14.1f}   "
+        f"{record['tps']:8.0f}   {record['tps'] / record['batch_size']:11.0f}   {record['prefill_ms']:10.2f}   "
+        f"{'-' if peak is None else f'{peak / 1e9:.2f}':>7}"
+    )
+
+
+def table(record: dict[str, Any]) -> str:
     """The record for a reader, one figure a line."""
     active, required = record["active_experts"], record["required_bytes"]
     rows = {

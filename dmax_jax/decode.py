@@ -155,11 +155,8 @@ class Stream:
 
 
 def prepare_html(name: str) -> pathlib.Path:
-    """As prepare_output for the other file; raises InputError if it is the same."""
-    try:
-        path = prepare_output(name)
-    except InputError as error:
-        raise InputError(str(error).replace("--output=", "--html=", 1)) from None
+    """As prepare_output; raises InputError if it is the file of --output, too."""
+    path = prepare_output(name, "--html")
     if OUTPUT.value and path.absolute() == pathlib.Path(OUTPUT.value).absolute():
         raise InputError(f"--html={name} is the file of --output; name another")
     return path

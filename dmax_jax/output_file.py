@@ -10,17 +10,20 @@ from typing import Any, TextIO
 from dmax_jax.errors import InputError
 
 
-def prepare_output(name: str) -> pathlib.Path:
-    """Makes the directory of a file that is to be written after long work; raises InputError if it can't be written."""
+def prepare_output(name: str, flag: str = "--output") -> pathlib.Path:
+    """Makes the directory of a file that is to be written after long work; raises InputError if it can't be written.
+
+    `flag` is the one that names the file.
+    """
     path = pathlib.Path(name)
     if path.is_dir():
-        raise InputError(f"--output={name} is a directory; name a file")
+        raise InputError(f"{flag}={name} is a directory; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--output={name}: its directory can't be made: {error.strerror}") from None
+        raise InputError(f"{flag}={name}: its directory can't be made: {error.strerror}") from None
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--output={name}: its directory is not writable")
+        raise InputError(f"{flag}={name}: its directory is not writable")
     return path
 
 

@@ -37,6 +37,21 @@ def test_figures_of_random_weights_on_two_devices(tmp_path, capsys):
     assert "24,966 parameters, bfloat16, uniform routing" in printed
 
 
+def test_several_batch_sizes_and_their_plot(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    output, plot = tmp_path / "figures.json", tmp_path / "new" / "figures.png"
+    tiny = f"--checkpoint={GOLDEN / 'tiny' / 'checkpoint'}"
+    run("decode", tiny, "--batch_size=2,1", *SIZES, "--dtype=float32", f"--output={output}", f"--plot={plot}")
+    records = json.loads(output.read_text())
+    assert [record["batch_size"] for record in records] == [2, 1]
+    heading, *lines = capsys.readouterr().out.splitlines()
+    assert heading.split()[:2] == ["rows", "ms/forward"]
+    assert [line.split()[:2] for line in lines] == [
+        [str(record["batch_size"]), f"{record['ms_per_forward']:.3f}"] for record in records
+    ]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_checkpoint_with_its_own_routing(capsys):
     run("decode", f"--checkpoint={GOLDEN / 'tiny' / 'checkpoint'}", "--routing=model", "--dtype=float32", *SIZES)
     assert "float32, model routing" in capsys.readouterr().out
@@ -49,6 +64,10 @@ def test_a_checkpoint_with_its_own_routing(capsys):
         (["deocde"], "the first argument says what to do: decode"),
         (["decode"], "give either --config (random weights) or --checkpoint"),
         (["decode", "--checkpoint=demo", "--blocks=0"], "blocks=0 must be at least 1"),
+        (["decode", "--checkpoint=demo", "--batch_size=4,x"], "--batch_size=4,x: write numbers, such as 1,2,4"),
+        (["decode", "--checkpoint=demo", "--batch_size="], "--batch_size=: write numbers"),
+        (["decode", "--checkpoint=demo", "--batch_size=1,0"], "batch_size=0 must be at least 1"),
+        (["decode", "--checkpoint=demo", "--plot=dmax_jax"], "--plot=dmax_jax is a directory"),
         (["decode", "--checkpoint=demo", "--mesh=tensor:99"], "needs 99 devices; there are 8"),
         (["decode", "--checkpoint=demo", "--mesh=data:2"], "decoding is measured on tensor:N"),
         (["decode", "--config=configs/stories_oput.py"], "the run starts from a checkpoint"),

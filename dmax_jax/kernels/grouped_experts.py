@@ -72,9 +72,8 @@ def group_rows(weights_ME: jax.Array, experts_per_row: int, tile: int) -> Groups
     M, E = weights_ME.shape
     pairs = M * experts_per_row
     T = min(E, pairs) + pairs // tile
-    taken_ME = (weights_ME > 0).astype(jnp.bfloat16)
-    earlier_MM = jnp.tri(M, k=-1, dtype=jnp.bfloat16)
-    rank_ME = jnp.dot(earlier_MM, taken_ME, preferred_element_type=jnp.float32).astype(jnp.int32)
+    taken_ME = weights_ME > 0
+    rank_ME = count_above(taken_ME)
     tiles_E = -(-jnp.sum(taken_ME, axis=0, dtype=jnp.int32) // tile)
     order_E = jnp.arange(E)
     upto_E = jnp.sum(jnp.where(order_E[None] <= order_E[:, None], tiles_E[None], 0), axis=1)
@@ -95,6 +94,18 @@ def group_rows(weights_ME: jax.Array, experts_per_row: int, tile: int) -> Groups
         places_MX=jnp.where(taken_MX, places_MX, 0),
         taken_MX=taken_MX,
     )
+
+
+def count_above(marked_ME: jax.Array) -> jax.Array:
+    """How many entries of a column are true above each entry: products within chunks of rows, sums over chunks."""
+    M, E = marked_ME.shape
+    chunk = min(M, MAX_ROWS)
+    marked_CRE = jnp.pad(marked_ME, ((0, -M % chunk), (0, 0))).reshape(-1, chunk, E).astype(jnp.bfloat16)
+    above_RR = jnp.tri(chunk, k=-1, dtype=jnp.bfloat16)
+    within_CRE = jnp.einsum("rs,cse->cre", above_RR, marked_CRE, preferred_element_type=jnp.float32)
+    sums_CE = jnp.sum(marked_CRE, axis=1, dtype=jnp.float32)
+    before_CE = jnp.cumsum(sums_CE, axis=0) - sums_CE
+    return (within_CRE + before_CE[:, None]).astype(jnp.int32).reshape(-1, E)[:M]
 
 
 @kernel("blocks")

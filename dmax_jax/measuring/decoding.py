@@ -93,7 +93,8 @@ def time_decoding(params: Params, config: ModelConfig, problem: DecodeProblem) -
             times += [time.perf_counter() - start] * (repeat >= 0)
     per_forward = [(long - short) / problem.forwards for short, long in zip(*seconds.values(), strict=True)]
     ms_per_forward = 1e3 * statistics.median(per_forward)
-    statistics_of_device = jax.tree.leaves(params)[0].devices().pop().memory_stats() or {}
+    device = next(iter(jax.tree.leaves(params)[0].devices()))
+    statistics_of_device = device.memory_stats() or {}
     return DecodeTimes(
         ms_per_forward=ms_per_forward,
         slowest_ms_per_forward=1e3 * max(per_forward),

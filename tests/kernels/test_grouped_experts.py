@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels.expert_choice import listed
-from dmax_jax.kernels.grouped_experts import group_rows, grouped_experts, tile_outputs, tile_rows
+from dmax_jax.kernels.grouped_experts import count_above, group_rows, grouped_experts, tile_outputs, tile_rows
 from dmax_jax.kernels.routed_experts import ragged_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
 from tests.kernels.test_routed_experts import draw
@@ -56,6 +56,13 @@ def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert(rows, experts
     places = np.asarray(groups.places_MX)[np.asarray(groups.taken_MX)]
     assert len(set(places.tolist())) == len(places) == rows * chosen
     assert (np.asarray(groups.rows_TR).reshape(-1)[places] == np.repeat(np.arange(rows), chosen)).all()
+
+
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_entries_above_are_counted(rows):
+    marked = np.random.default_rng(rows).random((rows, 3)) < 0.4
+    expected = np.cumsum(marked, axis=0) - marked
+    np.testing.assert_array_equal(jax.jit(count_above)(jnp.asarray(marked)), expected)
 
 
 def test_tiles_have_room_for_most_experts():
