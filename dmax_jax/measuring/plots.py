@@ -9,7 +9,7 @@ def plot_batches(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     records = sorted(records, key=lambda record: record["batch_size"])
     rows = [record["batch_size"] for record in records]
@@ -21,8 +21,11 @@ def plot_batches(records: list[dict[str, Any]], path: pathlib.Path) -> None:
     right.plot(rows, [record["tps"] for record in records], "o-", color="#0072B2")
     at_limit = [1e3 * r["tpf"] * r["batch_size"] / limit for r, limit in zip(records, limits, strict=True)]
     right.plot(rows, at_limit, "s--", color="#8A8A8A")
-    right.set_ylabel(f"tokens per second at {records[0]['tpf']:g} per forward and row")
+    right.set_ylabel("tokens per second of all rows")
+    right.set_title(f"at {records[0]['tpf']:g} tokens per forward and row", fontsize=9)
     right.set_yscale("log")
+    right.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+    right.yaxis.set_minor_formatter(ticker.NullFormatter())
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_xticks(rows, [str(size) for size in rows])
