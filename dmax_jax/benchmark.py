@@ -24,13 +24,14 @@ from dmax_jax.assets import checkpoint_directory
 from dmax_jax.checkpoint.layout import load_checkpoint
 from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.config import ModelConfig, load_config
-from dmax_jax.decoding_flags import parse_mesh
+from dmax_jax.decoding_flags import WEIGHTS_HELP, WEIGHTS_KINDS, parse_mesh
 from dmax_jax.errors import InputError
 from dmax_jax.kernels.hopper import is_hopper
 from dmax_jax.measuring.bandwidth import read_bandwidth
 from dmax_jax.measuring.decoding import DecodeProblem, compile_decoding, required_bytes, time_decoding
 from dmax_jax.measuring.weights import random_params, route_uniformly
 from dmax_jax.model.params import Params, count_params
+from dmax_jax.model.quantisation import is_quantised
 from dmax_jax.output_file import prepare_output, write_json
 from dmax_jax.sharding import Mesh, make_mesh
 
@@ -54,6 +55,7 @@ for field in dataclasses.fields(DecodeProblem):
 DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["float32", "bfloat16"], "Of weights and computation.", flag_values=FLAGS
 )
+WEIGHTS = flags.DEFINE_enum("weights", None, WEIGHTS_KINDS, WEIGHTS_HELP, flag_values=FLAGS)
 ROUTING = flags.DEFINE_enum(
     "routing", "uniform", ["uniform", "model"], "Which experts rows go to: any, or those the router says.",
     flag_values=FLAGS,
@@ -101,6 +103,7 @@ def main() -> None:
     limit_ms = 1e3 * needed.total / bandwidth
     record = {
         **{flag.name: flag.value for flag in (CONFIG, CHECKPOINT, DTYPE, ROUTING, MESH, SEED)},
+        "weights": "int8" if is_quantised(params) else "bf16",
         **dataclasses.asdict(problem),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
@@ -125,18 +128,20 @@ def main() -> None:
 def load_model(mesh: Mesh) -> tuple[ModelConfig, Params]:
     """The model of the flags on the mesh."""
     if CHECKPOINT.value:
-        return load_checkpoint(checkpoint_directory(CHECKPOINT.value), DTYPE.value, mesh)
+        return load_checkpoint(checkpoint_directory(CHECKPOINT.value), DTYPE.value, mesh, weights=WEIGHTS.value)
     config = load_config(CONFIG.value).model
     if config is None:
         raise InputError(f"--config={CONFIG.value}: the run starts from a checkpoint; give that with --checkpoint")
-    return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh)
+    int8 = WEIGHTS.value == "int8"
+    return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh, int8=int8)
 
 
 def table(record: dict) -> str:
     """The record for a reader, one figure a line."""
     active, required = record["active_experts"], record["required_bytes"]
     rows = {
-        "model": f"{record['parameters']:,} parameters, {record['dtype']}, {record['routing']} routing",
+        "model": f"{record['parameters']:,} parameters, {record['dtype']}"
+        f"{' with 8-bit weights' if record['weights'] == 'int8' else ''}, {record['routing']} routing",
         "devices": f"{record['devices']} x {record['device']}, jax {record['jax']}, "
         f"{'Hopper kernels' if record['hopper_kernels'] else 'plain functions'}",
         "problem": f"{record['batch_size']} x {record['block_length']} positions per forward after "
