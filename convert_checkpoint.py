@@ -5,6 +5,7 @@ travel along. The model stands in host memory once, plus about 3 GB: a bfloat16 
 on disk, needs about 36 GB. No accelerator is used.
 
     python convert_checkpoint.py --input=LLaDA2.0-mini --output=LLaDA2.0-mini-orbax
+    python convert_checkpoint.py --input=LLaDA2.0-mini --output=LLaDA2.0-mini-int8 --weights=int8
     python convert_checkpoint.py --input=runs/math --output=math-hf --dtype=bfloat16
 """
 
@@ -21,11 +22,12 @@ from absl import flags
 from dmax_jax import command
 from dmax_jax.checkpoint.directory import require_free
 from dmax_jax.checkpoint.hf_config import read_config
-from dmax_jax.checkpoint.huggingface import load_params, save_params
+from dmax_jax.checkpoint.huggingface import NO_INT8, load_params, save_params
 from dmax_jax.checkpoint.layout import LOADERS, detect_layout
 from dmax_jax.checkpoint.store import save_model
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params, count_params
+from dmax_jax.model.quantisation import quantise_params
 
 FLAGS = flags.FlagValues()
 INPUT = flags.DEFINE_string("input", None, "Directory of the model, layout detected.", FLAGS, required=True)
@@ -38,6 +40,10 @@ DTYPE = flags.DEFINE_enum(
     "Of the weights; default: as stored.",
     FLAGS,
 )
+WEIGHTS = flags.DEFINE_enum(
+    "weights", None, ["int8"], "int8: large matrices in 8 bits, a scale per output channel; for --to=orbax, to decode.",
+    FLAGS,
+)  # fmt: skip
 MAX_FILE_MIB = flags.DEFINE_integer("max_file_mib", 4096, "Largest safetensors file, in MiB.", 1, flag_values=FLAGS)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "Mask token, if config.json has none.", flag_values=FLAGS)
 EOS_ID = flags.DEFINE_integer("eos_id", None, "End token, if config.json has none.", flag_values=FLAGS)
@@ -51,11 +57,15 @@ def main() -> None:
     target = TO.value or ("orbax" if layout == "hf" else "hf")
     config = read_config(source, mask_token_id=MASK_ID.value, eos_token_id=EOS_ID.value)
     require_free(output)
+    if target == "hf" and WEIGHTS.value == "int8":
+        raise InputError(NO_INT8)
     print(f"reading {source} ({layout})", file=sys.stderr)
     load = functools.partial(load_params, progress=bar("parameters")) if layout == "hf" else LOADERS[layout]
     params = load(source, config, DTYPE.value)
     if DTYPE.value == "float16":
         refuse_overflow(params)
+    if WEIGHTS.value == "int8":
+        params = quantise_params(params, config, donate=True)
     print(f"writing {output} ({target})", file=sys.stderr)
     if target == "orbax":
         save_model(output, params, config, source=source)

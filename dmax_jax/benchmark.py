@@ -27,7 +27,7 @@ from dmax_jax.assets import checkpoint_directory
 from dmax_jax.checkpoint.layout import load_checkpoint
 from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.config import ModelConfig, load_config
-from dmax_jax.decoding_flags import parse_mesh
+from dmax_jax.decoding_flags import WEIGHTS_HELP, WEIGHTS_KINDS, parse_mesh
 from dmax_jax.errors import InputError
 from dmax_jax.kernels.hopper import is_hopper
 from dmax_jax.measuring.bandwidth import read_bandwidth
@@ -35,6 +35,7 @@ from dmax_jax.measuring.decoding import DecodeProblem, compile_decoding, require
 from dmax_jax.measuring.plots import plot_batches
 from dmax_jax.measuring.weights import random_params, route_uniformly
 from dmax_jax.model.params import Params, count_params
+from dmax_jax.model.quantisation import is_quantised
 from dmax_jax.output_file import prepare_output, write_json
 from dmax_jax.sharding import Mesh, make_mesh
 from dmax_jax.study.plots import require_matplotlib
@@ -62,6 +63,7 @@ for field in SIZES:
 DTYPE = flags.DEFINE_enum(
     "dtype", "bfloat16", ["float32", "bfloat16"], "Of weights and computation.", flag_values=FLAGS
 )
+WEIGHTS = flags.DEFINE_enum("weights", None, WEIGHTS_KINDS, WEIGHTS_HELP, flag_values=FLAGS)
 ROUTING = flags.DEFINE_enum(
     "routing", "uniform", ["uniform", "model"], "Which experts rows go to: any, or those the router says.",
     flag_values=FLAGS,
@@ -101,12 +103,17 @@ def main() -> None:
         raise InputError(f"--mesh={MESH.value}: decoding is measured on tensor:N; the other axes would repeat the work")
     mesh = make_mesh(sizes)
     use_compilation_cache()
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    # Before the weights are there, so that its array is no part of the peak memory.
+    bandwidth = read_bandwidth(mesh, BANDWIDTH_BYTES.value or (2**28 if on_cpu else 2**32))
     start = time.perf_counter()
     config, params = load_model(mesh)
     jax.block_until_ready(params)
-    loaded = {"parameters": count_params(config), "weights_seconds": time.perf_counter() - start}
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    loaded["bandwidth"] = read_bandwidth(mesh, BANDWIDTH_BYTES.value or (2**28 if on_cpu else 2**32))
+    loaded = {
+        "parameters": count_params(config),
+        "weights_seconds": time.perf_counter() - start,
+        "bandwidth": bandwidth,
+    }
     records = []
     for problem in problems:
         routed = params
@@ -148,6 +155,7 @@ def measure(
     limit_ms = 1e3 * needed.total / loaded["bandwidth"]
     return {
         **{flag.name: flag.value for flag in (CONFIG, CHECKPOINT, DTYPE, ROUTING, MESH, SEED)},
+        "weights": "int8" if is_quantised(params) else "bf16",
         **dataclasses.asdict(problem),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
@@ -167,11 +175,12 @@ def measure(
 def load_model(mesh: Mesh) -> tuple[ModelConfig, Params]:
     """The model of the flags on the mesh."""
     if CHECKPOINT.value:
-        return load_checkpoint(checkpoint_directory(CHECKPOINT.value), DTYPE.value, mesh)
+        return load_checkpoint(checkpoint_directory(CHECKPOINT.value), DTYPE.value, mesh, weights=WEIGHTS.value)
     config = load_config(CONFIG.value).model
     if config is None:
         raise InputError(f"--config={CONFIG.value}: the run starts from a checkpoint; give that with --checkpoint")
-    return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh)
+    int8 = WEIGHTS.value == "int8"
+    return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh, int8=int8)
 
 
 HEADING = "rows   ms/forward   limit ms   reached   active experts   tokens/s   of each row   prefill ms   peak GB\n"
@@ -192,7 +201,8 @@ def table(record: dict[str, Any]) -> str:
     """The record for a reader, one figure a line."""
     active, required = record["active_experts"], record["required_bytes"]
     rows = {
-        "model": f"{record['parameters']:,} parameters, {record['dtype']}, {record['routing']} routing",
+        "model": f"{record['parameters']:,} parameters, {record['dtype']}"
+        f"{' with 8-bit weights' if record['weights'] == 'int8' else ''}, {record['routing']} routing",
         "devices": f"{record['devices']} x {record['device']}, jax {record['jax']}, "
         f"{'Hopper kernels' if record['hopper_kernels'] else 'plain functions'}",
         "problem": f"{record['batch_size']} x {record['block_length']} positions per forward after "

@@ -26,6 +26,11 @@ from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params
 from dmax_jax.sharding import make_mesh
 
+WEIGHTS_KINDS = ["bf16", "int8"]
+WEIGHTS_HELP = (
+    "int8: large matrices in 8 bits, a scale per output channel, rounded after loading; bf16: none in 8 bits, all in "
+    "--dtype; default: as the checkpoint has them."
+)
 REPEATABLE = ("checkpoint", "method", "threshold")
 POLICIES = {"spd": SpdPolicy, "threshold": ThresholdPolicy, "hierarchical": HierarchicalPolicy, "credit": CreditPolicy}
 
@@ -99,6 +104,7 @@ class DecodingFlags:
             "dtype", None, ["float32", "bfloat16"], "Of weights and computation; default: the checkpoint's own.",
             flag_values=values,
         )  # fmt: skip
+        flags.DEFINE_enum("weights", None, WEIGHTS_KINDS, WEIGHTS_HELP, flag_values=values)
         flags.DEFINE_bool(
             "fill_leftover_masks", True, "Give masks that are left when a block ends their best token; off: as the "
             "official code.", flag_values=values,
@@ -157,7 +163,12 @@ class DecodingFlags:
         directory = checkpoint_directory(self.checkpoint)
         mesh = make_mesh(parse_mesh(values.mesh)) if values.mesh else None
         config, params = load_checkpoint(
-            directory, values.dtype, mesh, mask_token_id=values.mask_id, eos_token_id=values.eos_id
+            directory,
+            values.dtype,
+            mesh,
+            mask_token_id=values.mask_id,
+            eos_token_id=values.eos_id,
+            weights=values.weights,
         )
         has_tokenizer = (directory / "tokenizer.json").exists()
         tokenizer = load_tokenizer(directory, config.mask_token_id) if has_tokenizer else None
@@ -175,6 +186,7 @@ class DecodingFlags:
             "batch_size": values.batch_size,
             "seed": values.seed,
             "dtype": values.dtype,
+            "weights": values.weights,
             "mesh": values.mesh,
             "eos_id": values.eos_id,
             "mask_id": values.mask_id,

@@ -7,9 +7,12 @@ import pytest
 
 from dmax_jax import command, decode
 from dmax_jax.assets import DEMO
+from dmax_jax.checkpoint.layout import load_checkpoint
+from dmax_jax.checkpoint.store import save_model
 from dmax_jax.data.tokenizer import load_tokenizer
 from dmax_jax.decoding import batch
 from dmax_jax.decoding.generate import Geometry
+from dmax_jax.model.quantisation import quantise_params
 from tests.conftest import GOLDEN
 from tests.evaluation.random_model import write_random_model
 
@@ -90,6 +93,19 @@ def test_every_golden_case_is_decoded_as_by_the_official_code(golden, tmp_path, 
 @pytest.mark.parametrize(("name", "number"), [("tiny", -2), ("grouped", 8), ("calm", 25), ("calm", 0)])
 def test_golden_cases_in_arrays_of_their_own_size(name, number, tmp_path):
     assert_decodes_as_official(tmp_path, name, golden_cases(name)[number])
+
+
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_8_bit_weights(weights, tmp_path):
+    config, params = load_checkpoint(GOLDEN / "tiny" / "checkpoint")
+    if weights == "int8":
+        params = quantise_params(params, config)
+    save_model(tmp_path / "stored", params, config)
+    short = ["--input_ids=5,7,9", "--gen_length=8", "--block_length=8"]
+    flagged = written(tmp_path, TINY, *short, f"--weights={weights}")
+    stored = written(tmp_path, f"--checkpoint={tmp_path / 'stored'}", *short)
+    assert (flagged["weights"], stored["weights"]) == (weights, None)
+    assert flagged["token_ids"] == stored["token_ids"]
 
 
 def test_a_file_of_prompts_and_the_figures(tmp_path, capsys):

@@ -8,6 +8,7 @@ from dmax_jax.data.stories import story
 from dmax_jax.data.tokenizer import load_tokenizer
 from dmax_jax.decoding.batch import Answer
 from dmax_jax.evaluation import run as evaluation_run
+from dmax_jax.model.quantisation import is_quantised
 from tests.conftest import GOLDEN
 from tests.evaluation.random_model import write_random_model
 
@@ -52,6 +53,15 @@ def test_a_sweep_is_the_same_as_single_runs(checkpoint, tmp_path, capsys, monkey
     assert without_times(single["results"][0]) == without_times(fast)
     assert single["aup"] is None
     assert sweep["aup"] is not None
+
+
+def test_8_bit_weights(checkpoint, tmp_path, monkeypatch):
+    loaded, load = [], evaluate.DECODING.load
+    monkeypatch.setattr(evaluate.DECODING, "load", lambda: loaded.append(load()) or loaded[-1])
+    out = report(tmp_path, checkpoint, *SHORT, "--threshold=0", "--weights=int8")
+    assert is_quantised(loaded[0].params)
+    assert out["settings"]["weights"] == "int8"
+    assert len(out["results"][0]["samples"]) == 3
 
 
 def test_settings_and_samples(checkpoint, tmp_path):

@@ -100,6 +100,13 @@ def test_interrupted_refused_with_other_flags_and_resumed(arguments, ending, tmp
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
 
 
+def test_8_bit_weights_are_other_weights(arguments, ending, tmp_path, capsys):
+    run(*arguments)
+    assert "weights_digest" in error_of(capsys, *arguments, "--weights=int8")
+    run(*arguments, "--weights=int8", f"--output={tmp_path / 'int8.jsonl'}")
+    assert (tmp_path / "int8.jsonl").read_text().count("\n") == 5
+
+
 def test_shards(arguments, ending, tmp_path, capsys):
     for shard in ("0/2", "1/2", "0/1"):
         run(*arguments, f"--shard={shard}")

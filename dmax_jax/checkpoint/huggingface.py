@@ -16,7 +16,11 @@ from dmax_jax.checkpoint.tensor_files import INDEX, SINGLE, TensorFiles
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params, ParamSpec, param_specs
+from dmax_jax.model.quantisation import is_quantised
 
+NO_INT8 = (
+    "8-bit weights have no place in the Hugging Face layout; write Orbax's (--to=orbax) or keep the weights as they are"
+)
 Progress = Callable[[list], Iterable]  # such as tqdm; iter shows nothing
 
 
@@ -60,8 +64,11 @@ def save_params(
     """Writes a model, one tensor per expert, into a new directory with its `config.json`.
 
     Files hold at most `max_file_bytes` of weights (or a single tensor that is larger); several get an index.
-    `source` is the model's former directory, whose tokenizer files and unknown config keys are carried along.
+    `source` is the model's former directory, whose tokenizer files and unknown config keys are carried along. Raises
+    InputError for weights in 8 bits, which the layout has no place for.
     """
+    if is_quantised(params):
+        raise InputError(NO_INT8)
     table, leaves = jax.tree.leaves(tensor_names(config)), jax.tree.leaves(params)
     files = _plan_files(table, leaves, max_file_bytes)
     with new_directory(directory) as output, naming_full_disk(directory):

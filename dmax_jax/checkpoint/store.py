@@ -13,6 +13,7 @@ from dmax_jax.checkpoint.hf_config import write_config
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params, param_specs
+from dmax_jax.model.quantisation import int8_shardings, int8_specs
 
 
 def save_model(
@@ -37,7 +38,7 @@ def load_model(
     *,
     shardings: Params | None = None,
 ) -> Params:
-    """Loads what save_model wrote; `dtype` and `shardings` as in huggingface.load_params."""
+    """Loads what save_model wrote; `dtype` and `shardings` as in huggingface.load_params. Weights in 8 bits stay so."""
     return _restore_params(pathlib.Path(directory) / "params", config, dtype, shardings)
 
 
@@ -61,10 +62,14 @@ def _restore_params(
 ) -> Params:
     directory = directory.absolute()
     saved = _saved_params(directory)
-    specs = param_specs(config)
+    in_int8 = any(name.endswith(".values") for name in saved)
+    specs = int8_specs(config) if in_int8 else param_specs(config)
     _check_shapes(directory, saved, specs)
     dtype = dtype or saved["embed"].dtype
-    shardings = shardings or jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs)
+    elif in_int8:
+        shardings = int8_shardings(shardings, config)
     target = {
         "params": jax.tree.map(
             lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype, sharding=sharding),

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from dmax_jax.kernels.int8_weight import Weight, project
+
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Normalises the last axis in float32, casts back, then scales by `weight`: the official code's order."""
@@ -26,5 +28,5 @@ def rotate(x_BTNH: jax.Array, cos_BTR: jax.Array, sin_BTR: jax.Array) -> jax.Arr
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def swiglu(x: jax.Array, gate_FD: jax.Array, up_FD: jax.Array, down_DF: jax.Array) -> jax.Array:
-    return (jax.nn.silu(x @ gate_FD.T) * (x @ up_FD.T)) @ down_DF.T
+def swiglu(x: jax.Array, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> jax.Array:
+    return project(jax.nn.silu(project(x, gate_FD)) * project(x, up_FD), down_DF)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.grouped_experts import grouped_experts
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper
+from dmax_jax.kernels.int8_weight import Int8Weight, Weight, project, project_groups
 from dmax_jax.kernels.layers import swiglu
-from dmax_jax.kernels.streamed_experts import Matrices, can_stream, streamed_experts, suits_kernels
+from dmax_jax.kernels.streamed_experts import MAX_ROWS, Matrices, can_stream, streamed_experts, suits_kernels
 
 # Up to this many experts it is cheapest, on a CPU and on a GPU, to let every expert see every row.
 DENSE_EXPERTS = 8
@@ -25,6 +26,8 @@ def routed_experts(
     """
     if experts[0].shape[0] <= DENSE_EXPERTS:
         return dense_experts(x_MD, choice, experts, shared)
+    if isinstance(experts[0], Int8Weight) and len(x_MD) <= MAX_ROWS:
+        return looped_experts(x_MD, choice, experts, shared)
     plain = functools.partial(ragged_experts, experts_per_row=experts_per_row)
     if is_hopper() and can_stream(x_MD, experts, shared):
         return differentiated_as(plain)(streamed_experts)(x_MD, choice, experts, shared)
@@ -37,10 +40,33 @@ def routed_experts(
 def dense_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Matrices) -> jax.Array:
     """`routed_experts` by products over all experts; the weight of an expert that is not chosen is zero."""
     gate_EFD, up_EFD, down_EDF = experts
-    E, F, D = gate_EFD.shape
-    hidden_MEF = jax.nn.silu(x_MD @ gate_EFD.reshape(E * F, D).T) * (x_MD @ up_EFD.reshape(E * F, D).T)
+    E, F, _ = gate_EFD.shape
+
+    def as_one(weight_EFD: Weight) -> Weight:
+        return jax.tree.map(lambda leaf: leaf.reshape(E * F, *leaf.shape[2:]), weight_EFD)
+
+    hidden_MEF = jax.nn.silu(project(x_MD, as_one(gate_EFD))) * project(x_MD, as_one(up_EFD))
     hidden_MEF = hidden_MEF.reshape(-1, E, F) * choice.weights_ME[:, :, None].astype(x_MD.dtype)
-    return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF) + swiglu(x_MD, *shared)
+    if not isinstance(down_EDF, Int8Weight):
+        return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF) + swiglu(x_MD, *shared)
+    values_EDF = down_EDF.values.astype(x_MD.dtype)
+    out_MED = jnp.einsum("mef,edf->med", hidden_MEF, values_EDF, preferred_element_type=jnp.float32)
+    return jnp.sum(out_MED * down_EDF.scale[None], axis=1).astype(x_MD.dtype) + swiglu(x_MD, *shared)
+
+
+def looped_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Matrices) -> jax.Array:
+    """`routed_experts` by a loop over the experts that some row chose: each of them multiplies all rows.
+
+    No other expert is read, and no more than one stands in memory in the dtype of `x_MD`.
+    """
+
+    def add(place: jax.Array, sum_MD: jax.Array) -> jax.Array:
+        expert = choice.ids_E[place]
+        out_MD = swiglu(x_MD, *jax.tree.map(lambda leaf: leaf[expert], experts))
+        return sum_MD + out_MD.astype(jnp.float32) * choice.weights_ME[:, expert][:, None]
+
+    sum_MD = jax.lax.fori_loop(0, choice.upto_E[-1], add, jnp.zeros(x_MD.shape, jnp.float32))
+    return sum_MD.astype(x_MD.dtype) + swiglu(x_MD, *shared)
 
 
 def ragged_experts(
@@ -55,9 +81,9 @@ def ragged_experts(
     rows_P = order_P // X
     sizes_E = jnp.bincount(ids_P, length=E).astype(jnp.int32)
     pairs_PD = x_MD[rows_P]
-    gate_PF = jax.lax.ragged_dot(pairs_PD, gate_EFD.swapaxes(1, 2), sizes_E)
-    up_PF = jax.lax.ragged_dot(pairs_PD, up_EFD.swapaxes(1, 2), sizes_E)
-    out_PD = jax.lax.ragged_dot(jax.nn.silu(gate_PF) * up_PF, down_EDF.swapaxes(1, 2), sizes_E)
+    gate_PF = project_groups(pairs_PD, gate_EFD, sizes_E)
+    up_PF = project_groups(pairs_PD, up_EFD, sizes_E)
+    out_PD = project_groups(jax.nn.silu(gate_PF) * up_PF, down_EDF, sizes_E)
     # Put back in the order of the rows and summed there: a scatter would add in the rounding and order of its own.
     out_MXD = out_PD[jnp.argsort(order_P)].reshape(M, X, -1)
     return jnp.einsum("mxd,mx->md", out_MXD, weights_MX).astype(x_MD.dtype) + swiglu(x_MD, *shared)

@@ -15,12 +15,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
+from dmax_jax.kernels.int8_weight import Weight
 
 MAX_ROWS = 128
 WARPGROUPS = 2  # that multiply; one more fetches
 PARAMS = plgpu.CompilerParams(approx_math=True)
 
-Matrices = tuple[jax.Array, jax.Array, jax.Array]  # gate, up and down
+Matrices = tuple[Weight, Weight, Weight]  # gate, up and down; the kernels take arrays alone
 
 
 def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:

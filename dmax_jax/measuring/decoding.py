@@ -93,8 +93,7 @@ def time_decoding(params: Params, config: ModelConfig, problem: DecodeProblem) -
             times += [time.perf_counter() - start] * (repeat >= 0)
     per_forward = [(long - short) / problem.forwards for short, long in zip(*seconds.values(), strict=True)]
     ms_per_forward = 1e3 * statistics.median(per_forward)
-    device = next(iter(jax.tree.leaves(params)[0].devices()))
-    statistics_of_device = device.memory_stats() or {}
+    statistics_of_device = next(iter(params.embed.devices())).memory_stats() or {}
     return DecodeTimes(
         ms_per_forward=ms_per_forward,
         slowest_ms_per_forward=1e3 * max(per_forward),
@@ -140,12 +139,15 @@ def required_bytes(
 ) -> RequiredBytes:
     """What a timed forward reads if it reads nothing twice; `active_experts` are those per sparse layer."""
     sparse = [layer.mlp for layer in params.layers if isinstance(layer.mlp, Moe)]
-    one_expert = [sum(leaf.nbytes for leaf in jax.tree.leaves(mlp.experts)) / config.num_experts for mlp in sparse]
-    layers = sum(leaf.nbytes for leaf in jax.tree.leaves(params.layers))
+    one_expert = [_bytes(mlp.experts) / config.num_experts for mlp in sparse]
     position = 2 * config.num_key_value_heads * config.head_dim * params.embed.dtype.itemsize
     return RequiredBytes(
         experts=sum(active * size for active, size in zip(active_experts, one_expert, strict=True)),
-        other_weights=layers - config.num_experts * sum(one_expert) + params.norm.nbytes,
-        head=params.head.nbytes,
+        other_weights=_bytes(params.layers) - config.num_experts * sum(one_expert) + params.norm.nbytes,
+        head=_bytes(params.head),
         cache=problem.batch_size * problem.mean_context * config.num_hidden_layers * position,
     )
+
+
+def _bytes(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -9,22 +9,26 @@ from jax.sharding import NamedSharding
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.model.params import Params, ParamSpec, initial_value, param_shardings, param_specs
+from dmax_jax.model.quantisation import quantise_weight
 from dmax_jax.sharding import DECODE, Mesh
 
 
-def random_params(key: jax.Array, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> Params:
-    """`init_params` on the devices of a mesh, sharded as for decoding, one parameter after the other."""
+def random_params(key: jax.Array, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, *, int8: bool = False) -> Params:
+    """`init_params` on the devices of a mesh, sharded as for decoding, one parameter after the other.
+
+    With `int8` every one is quantised before the next is made.
+    """
     specs, tree = jax.tree.flatten(param_specs(config))
     shardings = jax.tree.leaves(param_shardings(config, mesh, DECODE))
-    leaves = [
-        _make(jax.random.fold_in(key, index), spec, config.initializer_range, jnp.dtype(dtype), sharding)
-        for index, (spec, sharding) in enumerate(zip(specs, shardings, strict=True))
-    ]
+    leaves = []
+    for index, (spec, sharding) in enumerate(zip(specs, shardings, strict=True)):
+        made = _make(jax.random.fold_in(key, index), spec, config.initializer_range, jnp.dtype(dtype), sharding)
+        leaves.append(quantise_weight(made, donate=True) if int8 and spec.int8 else made)
     return jax.tree.unflatten(tree, leaves)
 
 
 def _make(key: jax.Array, spec: ParamSpec, deviation: float, dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
-    return _compiled(dataclasses.replace(spec, axes=()), deviation, dtype, sharding)(key)
+    return _compiled(dataclasses.replace(spec, axes=(), int8=False), deviation, dtype, sharding)(key)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
 from dmax_jax.kernels.decode_attention import decode_attention
+from dmax_jax.kernels.int8_weight import project
 from dmax_jax.kernels.layers import rms_norm, rotate
 from dmax_jax.model.cache import LayerKV
 from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
@@ -27,7 +28,7 @@ def attention(
     """
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv_BTNH = (x_BTD @ weights.qkv.T).reshape(B, T, N + 2 * K, H)
+    qkv_BTNH = project(x_BTD, weights.qkv).reshape(B, T, N + 2 * K, H)
     if isinstance(visible, CachedBlocks):
         out_BTNH, k_BTKH = decode_attention(
             qkv_BTNH,
@@ -39,7 +40,7 @@ def attention(
             block_length=visible.block_length,
             eps=config.rms_norm_eps,
         )
-        return out_BTNH.reshape(B, T, N * H) @ weights.out.T, LayerKV(k_BTKH, qkv_BTNH[:, :, N + K :])
+        return project(out_BTNH.reshape(B, T, N * H), weights.out), LayerKV(k_BTKH, qkv_BTNH[:, :, N + K :])
     q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, (N, N + K), axis=2)
     q_BTNH = rotate(rms_norm(q_BTNH, weights.q_norm, config.rms_norm_eps), *angles)
     k_BTKH = rotate(rms_norm(k_BTKH, weights.k_norm, config.rms_norm_eps), *angles)
@@ -51,4 +52,4 @@ def attention(
     else:
         seen = new if cached is None else jax.tree.map(lambda old, own: jnp.concatenate([old, own], 1), cached, new)
         out_BTNH = masked_attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible)
-    return out_BTNH.reshape(B, T, N * H) @ weights.out.T, new
+    return project(out_BTNH.reshape(B, T, N * H), weights.out), new

@@ -10,22 +10,23 @@ from jax.sharding import Mesh, NamedSharding
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
+from dmax_jax.kernels.int8_weight import Weight
 from dmax_jax.sharding import Rules, named_sharding
 
 
 @struct.dataclass
 class Attention:
-    qkv: jax.Array  # [(N + 2 K) H, D]: all query heads, then keys, then values
-    out: jax.Array  # [D, N H]
+    qkv: Weight  # [(N + 2 K) H, D]: all query heads, then keys, then values
+    out: Weight  # [D, N H]
     q_norm: jax.Array  # [H]
     k_norm: jax.Array  # [H]
 
 
 @struct.dataclass
 class Mlp:
-    gate: jax.Array  # [F, D], or [E, F, D] for the routed experts of a layer
-    up: jax.Array  # [F, D], or [E, F, D]
-    down: jax.Array  # [D, F], or [E, D, F]
+    gate: Weight  # [F, D], or [E, F, D] for the routed experts of a layer
+    up: Weight  # [F, D], or [E, F, D]
+    down: Weight  # [D, F], or [E, D, F]
 
 
 @struct.dataclass
@@ -49,17 +50,21 @@ class Params:
     embed: jax.Array  # [V, D]
     layers: tuple[Layer, ...]
     norm: jax.Array  # [D]
-    head: jax.Array  # [V, D]
+    head: Weight  # [V, D]
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSpec:
-    """A parameter's shape, the logical axes of its dimensions, its initial values, and its dtype if that is fixed."""
+    """A parameter's shape, the logical axes of its dimensions, its initial values, and its dtype if that is fixed.
+
+    `int8` says whether it is an Int8Weight in a model with 8-bit weights.
+    """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"  # normal | ones | zeros
     dtype: str | None = None
+    int8: bool = False
 
 
 def param_specs(config: ModelConfig) -> Params:
@@ -70,13 +75,13 @@ def param_specs(config: ModelConfig) -> Params:
         return ParamSpec((width,), (axis,), init="ones")
 
     def mlp(width: int) -> Mlp:
-        up = ParamSpec((width, D), ("ffn", "embed"))
-        return Mlp(gate=up, up=up, down=ParamSpec((D, width), ("embed", "ffn")))
+        up = ParamSpec((width, D), ("ffn", "embed"), int8=True)
+        return Mlp(gate=up, up=up, down=ParamSpec((D, width), ("embed", "ffn"), int8=True))
 
     def experts() -> Mlp:
         E, F = config.num_experts, config.moe_intermediate_size
-        up = ParamSpec((E, F, D), ("experts", "expert_ffn", "embed"))
-        return Mlp(gate=up, up=up, down=ParamSpec((E, D, F), ("experts", "embed", "expert_ffn")))
+        up = ParamSpec((E, F, D), ("experts", "expert_ffn", "embed"), int8=True)
+        return Mlp(gate=up, up=up, down=ParamSpec((E, D, F), ("experts", "embed", "expert_ffn"), int8=True))
 
     def moe() -> Moe:
         return Moe(
@@ -90,8 +95,8 @@ def param_specs(config: ModelConfig) -> Params:
         return Layer(
             attention_norm=norm(D),
             attention=Attention(
-                qkv=ParamSpec((config.qkv_rows, D), ("heads", "embed")),
-                out=ParamSpec((D, config.num_attention_heads * H), ("embed", "heads")),
+                qkv=ParamSpec((config.qkv_rows, D), ("heads", "embed"), int8=True),
+                out=ParamSpec((D, config.num_attention_heads * H), ("embed", "heads"), int8=True),
                 q_norm=norm(H, None),
                 k_norm=norm(H, None),
             ),
@@ -104,7 +109,7 @@ def param_specs(config: ModelConfig) -> Params:
         embed=table,
         layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
         norm=norm(D),
-        head=table,
+        head=dataclasses.replace(table, int8=True),
     )
 
 

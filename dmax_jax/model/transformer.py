@@ -8,6 +8,7 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
+from dmax_jax.kernels.int8_weight import project_to_float32
 from dmax_jax.kernels.layers import rms_norm, rotary_angles, swiglu
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
@@ -74,7 +75,7 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
     """Logits in float32: [..., D] -> [..., V]."""
     with exact_products(hidden.dtype):
-        return jnp.einsum("...d,vd->...v", hidden, params.head, preferred_element_type=jnp.float32)
+        return project_to_float32(hidden, params.head)
 
 
 def exact_products(dtype: jnp.dtype) -> contextlib.AbstractContextManager:

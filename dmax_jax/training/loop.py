@@ -109,7 +109,7 @@ def _start(run: RunConfig, model: ModelConfig, mesh: Mesh, checkpoints: TrainChe
     if checkpoints.latest_step() is None:
         params = None
         if run.initial_checkpoint:
-            _, params = load_checkpoint(run.initial_checkpoint, "float32", mesh, TRAIN)
+            _, params = load_checkpoint(run.initial_checkpoint, "float32", mesh, TRAIN, weights="bf16")
         return init_state(run, model, mesh, params)
     shapes = jax.eval_shape(lambda: init_state(run, model, mesh))
     abstract = jax.tree.map(

@@ -2,6 +2,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import convert_checkpoint
 from dmax_jax import command
 from dmax_jax.checkpoint.layout import load_checkpoint
+from dmax_jax.model.quantisation import quantise_params
 from tests.checkpoint.test_huggingface import TINY, assert_same_tensors, read_tensors, write_tiny
 
 
@@ -78,7 +80,28 @@ def truncated_file(tmp_path: pathlib.Path) -> tuple[list[str], str]:
     return [f"--input={source}", f"--output={tmp_path / 'out'}"], "model.safetensors: not a complete safetensors file"
 
 
-@pytest.mark.parametrize("case", [missing_input, full_output, no_output, unknown_layout, truncated_file])
+def test_8_bit_weights(tmp_path, capsys):
+    convert(f"--input={TINY}", f"--output={tmp_path / 'int8'}", "--weights=int8", "--dtype=bfloat16")
+    config, params = load_checkpoint(TINY, "bfloat16")
+    _, found = load_checkpoint(tmp_path / "int8")
+    jax.tree.map(np.testing.assert_array_equal, found, quantise_params(params, config))
+    assert f"{sum(leaf.nbytes for leaf in jax.tree.leaves(found)):,} bytes" in capsys.readouterr().out
+
+
+def int8_to_hf(tmp_path: pathlib.Path) -> tuple[list[str], str]:
+    arguments = [f"--input={TINY}", f"--output={tmp_path / 'out'}", "--to=hf", "--weights=int8"]
+    return arguments, "8-bit weights have no place in the Hugging Face layout"
+
+
+def stored_int8_to_hf(tmp_path: pathlib.Path) -> tuple[list[str], str]:
+    convert(f"--input={TINY}", f"--output={tmp_path / 'int8'}", "--weights=int8")
+    arguments = [f"--input={tmp_path / 'int8'}", f"--output={tmp_path / 'out'}"]
+    return arguments, "8-bit weights have no place in the Hugging Face layout"
+
+
+@pytest.mark.parametrize(
+    "case", [int8_to_hf, stored_int8_to_hf, missing_input, full_output, no_output, unknown_layout, truncated_file]
+)
 def test_errors_are_one_line_and_exit_code_2(case, tmp_path, capsys):
     arguments, message = case(tmp_path)
     with pytest.raises(SystemExit) as stop:

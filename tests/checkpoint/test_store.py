@@ -17,6 +17,7 @@ from dmax_jax.checkpoint.train_checkpoints import TrainCheckpoints
 from dmax_jax.config import MeshConfig
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params, cast_params, param_shardings
+from dmax_jax.model.quantisation import dequantise_params, int8_shardings, quantise_params
 from dmax_jax.sharding import DECODE, TRAIN, make_mesh
 from tests.checkpoint.test_huggingface import TINY, assert_same_tensors, read_tensors
 
@@ -156,3 +157,40 @@ def test_a_failure_that_is_no_full_disk_stays_what_it_is(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="a defect") as caught:
         save_model(tmp_path / "out", params, config)
     assert not isinstance(caught.value, InputError)
+
+
+@pytest.fixture
+def in_8_bits(tmp_path) -> pathlib.Path:
+    config, params = load_checkpoint(TINY, "bfloat16")
+    save_model(tmp_path / "int8", quantise_params(params, config), config)
+    return tmp_path / "int8"
+
+
+def test_8_bit_weights_are_stored_as_they_are_and_found_without_being_told(in_8_bits):
+    config, params = load_checkpoint(TINY, "bfloat16")
+    expected = quantise_params(params, config)
+    assert_identical(load_checkpoint(in_8_bits)[1], expected)
+    assert_identical(load_checkpoint(in_8_bits, weights="int8")[1], expected)
+    _, wide = load_checkpoint(in_8_bits, "float32")
+    assert wide.embed.dtype == jnp.float32
+    assert_identical(wide.head, expected.head)
+    assert_identical(load_checkpoint(in_8_bits, weights="bf16")[1], dequantise_params(expected, jnp.bfloat16))
+    _, plain = load_checkpoint(in_8_bits, "float32", weights="bf16")
+    assert_identical(plain.head, dequantise_params(expected, jnp.float32).head)
+    assert jax.tree.structure(plain) == jax.tree.structure(params)
+
+
+@pytest.mark.parametrize("layout", ["hf", "int8"])
+def test_8_bit_weights_load_onto_a_mesh(layout, in_8_bits):
+    mesh = make_mesh(MeshConfig(data=1, expert=2, tensor=4))
+    config, params = load_checkpoint({"hf": TINY, "int8": in_8_bits}[layout], "bfloat16", mesh, weights="int8")
+    shardings = int8_shardings(param_shardings(config, mesh, DECODE), config)
+    assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
+    assert_identical(params, load_checkpoint(in_8_bits)[1])
+
+
+def test_an_8_bit_model_of_another_shape_is_named(in_8_bits):
+    text = (TINY / "config.json").read_text().replace('"moe_intermediate_size": 32', '"moe_intermediate_size": 16')
+    (in_8_bits / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"layers.1.mlp.experts.gate.values is \[16, 32, 64\], config.json asks for"):
+        load_checkpoint(in_8_bits)

@@ -7,7 +7,14 @@ import pytest
 
 from dmax_jax.kernels import routed_experts as module
 from dmax_jax.kernels.expert_choice import listed
-from dmax_jax.kernels.routed_experts import DENSE_EXPERTS, dense_experts, ragged_experts, routed_experts
+from dmax_jax.kernels.int8_weight import dequantise, quantise
+from dmax_jax.kernels.routed_experts import (
+    DENSE_EXPERTS,
+    dense_experts,
+    looped_experts,
+    ragged_experts,
+    routed_experts,
+)
 
 # rows M, width D, feed-forward F, experts E, chosen X
 SIZES = [(1, 8, 6, 4, 1), (17, 16, 12, 8, 2), (40, 12, 20, 24, 6)]
@@ -154,3 +161,62 @@ def test_a_hopper_gpu_runs_the_kernels_and_differentiates_the_plain_function(mon
     monkeypatch.setattr(module, "streamed_experts", stand_in)
     check(functools.partial(routed_experts), inputs, 2)  # a function of its own, which jit has not seen before
     assert seen
+
+
+def by_loop(x, choice, experts, shared, *, experts_per_row):
+    return looped_experts(x, choice, experts, shared)
+
+
+def run_int8(implementation, inputs, experts_per_row, dtype=jnp.float32):
+    """What it makes of 8-bit experts, and what the dequantised ones would in float64."""
+    x, weights, *matrices = inputs
+    x = jnp.asarray(x, dtype)
+    quantised = jax.tree.map(lambda matrix: quantise(jnp.asarray(matrix)), matrices)
+    arguments = x, listed(jnp.asarray(weights, jnp.float32)), *quantised
+    out = jax.jit(functools.partial(implementation, experts_per_row=experts_per_row))(*arguments)
+    plain = [[np.asarray(dequantise(matrix), np.float64) for matrix in kind] for kind in quantised]
+    return out, expected(np.asarray(x, np.float64), weights, *plain, np.zeros(x.shape))[0]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, by_loop])
+def test_8_bit_experts(implementation, size):
+    close(*run_int8(implementation, draw(0, *size), size[-1]), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, by_loop])
+def test_8_bit_experts_without_rows_and_rows_without_experts(implementation):
+    x, weights, experts, shared = draw(2, 17, 16, 12, 8, 2, among=[1, 4, 6])
+    weights[3] = 0
+    close(*run_int8(implementation, (x, weights, experts, shared), 2), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, by_loop])
+def test_8_bit_experts_of_bfloat16_rows(implementation):
+    out, wanted = run_int8(implementation, draw(2, 17, 16, 12, 8, 2), 2, jnp.bfloat16)
+    assert out.dtype == jnp.bfloat16
+    close(np.asarray(out, np.float64), wanted, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "chosen"),
+    [(11, DENSE_EXPERTS, "dense"), (128, 12, "looped"), (129, 12, "ragged")],
+)
+@pytest.mark.parametrize("hopper", [False, True])
+def test_8_bit_experts_never_reach_a_kernel(rows, experts, chosen, hopper, monkeypatch):
+    """Sizes are those that the kernels take in bfloat16."""
+    seen = []
+
+    def spy(name):
+        real = getattr(module, f"{name}_experts")
+        monkeypatch.setattr(
+            module, f"{name}_experts", lambda *inputs, **rest: seen.append(name) or real(*inputs, **rest)
+        )
+
+    monkeypatch.setattr(module, "is_hopper", lambda: hopper)
+    for name in ("dense", "looped", "ragged", "streamed", "grouped"):
+        spy(name)
+    inputs = draw(7, rows, 128, 128, experts, 2, shared_width=128)
+    out, wanted = run_int8(functools.partial(routed_experts), inputs, 2, jnp.bfloat16)
+    close(np.asarray(out, np.float64), wanted, 0.02)
+    assert seen == [chosen]

@@ -15,6 +15,7 @@ from dmax_jax.measuring.decoding import (
     time_decoding,
 )
 from dmax_jax.measuring.weights import route_uniformly
+from dmax_jax.model.quantisation import quantise_params
 from dmax_jax.model.router import route
 from tests.models import SMALL, small_model, small_params
 
@@ -63,6 +64,18 @@ def test_required_bytes_by_hand():
     # Two layers, two rows; timed blocks start at 12, 16 and 20.
     assert needed.cache == 2 * 2 * 16 * (2 * 2 * 8 * 4)
     assert needed.total == needed.experts + needed.head + needed.other_weights + needed.cache
+
+
+def test_required_bytes_of_8_bit_weights_by_hand():
+    D, V, F, E, dense, heads = 32, 48, 16, 6, 48, 4 * 8
+    needed = required_bytes(quantise_params(small_params(), SMALL), SMALL, PROBLEM, [2.5])
+    assert needed.experts == 2.5 * (3 * D * F + 4 * (2 * F + D))
+    assert needed.head == V * D + 4 * V
+    qkv = 2 * heads
+    attention = qkv * D + 4 * qkv + D * heads + 4 * D + 4 * 2 * 8
+    mlps = 3 * D * dense + 4 * (2 * dense + D) + 3 * D * F + 4 * (2 * F + D)
+    assert needed.other_weights == 2 * (attention + 4 * 2 * D) + mlps + 4 * (E * D + E + D)
+    assert needed.cache == required_bytes(small_params(), SMALL, PROBLEM, [2.5]).cache
 
 
 def test_a_forward_is_what_more_blocks_take_and_the_rest_is_the_prefill(monkeypatch):

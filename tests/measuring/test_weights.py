@@ -6,6 +6,7 @@ from dmax_jax.config import MeshConfig
 from dmax_jax.measuring.bandwidth import read_bandwidth
 from dmax_jax.measuring.weights import random_params, route_uniformly
 from dmax_jax.model.params import init_params, param_shardings
+from dmax_jax.model.quantisation import int8_shardings, quantise_params
 from dmax_jax.model.router import route
 from dmax_jax.sharding import DECODE, make_mesh
 from tests.models import SMALL, small_params
@@ -18,6 +19,15 @@ def test_weights_are_those_of_init_params_wherever_they_lie():
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert jax.tree.map(lambda leaf: leaf.sharding, found) == param_shardings(SMALL, mesh, DECODE)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
+
+
+def test_8_bit_weights_are_those_of_init_params_rounded():
+    mesh = make_mesh(MeshConfig(data=1, tensor=2))
+    found = random_params(jax.random.key(3), SMALL, jnp.bfloat16, mesh, int8=True)
+    expected = quantise_params(random_params(jax.random.key(3), SMALL, jnp.bfloat16, mesh), SMALL)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    shardings = int8_shardings(param_shardings(SMALL, mesh, DECODE), SMALL)
+    assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
 
 
 def test_uniform_routing_spreads_equal_rows_over_all_experts():

@@ -1,0 +1,66 @@
+"""Weights in 8 bits with a scale per output channel, and the products of rows with weights of either kind."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+LARGEST = 127  # the range is symmetric: -128 is never used
+
+
+@struct.dataclass
+class Int8Weight:
+    """A weight [..., out, in] as `values` times `scale`."""
+
+    values: jax.Array  # int8 [..., out, in]
+    scale: jax.Array  # float32 [..., out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.values.dtype
+
+
+Weight = jax.Array | Int8Weight
+
+
+def quantise(weight: jax.Array) -> Int8Weight:
+    """Rounds to the nearest of the 255 multiples of a channel's scale, the outermost of which is its largest value."""
+    weight = weight.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(weight), axis=-1) / LARGEST
+    scale = jnp.where(scale > 0, scale, 1)
+    return Int8Weight(jnp.round(weight / scale[..., None]).astype(jnp.int8), scale)
+
+
+def dequantise(weight: Int8Weight, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    return (weight.values * weight.scale[..., None]).astype(dtype)
+
+
+def project(x: jax.Array, weight: Weight) -> jax.Array:
+    """[..., in] times weight [out, in] -> [..., out], in the dtype of `x`."""
+    if isinstance(weight, Int8Weight):
+        return project_to_float32(x, weight).astype(x.dtype)
+    return x @ weight.T
+
+
+def project_to_float32(x: jax.Array, weight: Weight) -> jax.Array:
+    """`project` with its sums left in float32. The scale multiplies the sums, so that factors are exact in bfloat16."""
+    factor = weight.values.astype(x.dtype) if isinstance(weight, Int8Weight) else weight
+    out = jnp.einsum("...d,vd->...v", x, factor, preferred_element_type=jnp.float32)
+    return out * _beside(weight.scale, out) if isinstance(weight, Int8Weight) else out
+
+
+def project_groups(x_PD: jax.Array, weight_EFD: Weight, sizes_E: jax.Array) -> jax.Array:
+    """`project` of the first `sizes_E[0]` rows with the first weight, and so on: [P, F]."""
+    if not isinstance(weight_EFD, Int8Weight):
+        return jax.lax.ragged_dot(x_PD, weight_EFD.swapaxes(1, 2), sizes_E)
+    values_EDF = weight_EFD.values.astype(x_PD.dtype).swapaxes(1, 2)
+    out_PF = jax.lax.ragged_dot(x_PD, values_EDF, sizes_E, preferred_element_type=jnp.float32)
+    scale_PF = jnp.repeat(weight_EFD.scale, sizes_E, axis=0, total_repeat_length=len(x_PD))
+    return (out_PF * scale_PF).astype(x_PD.dtype)
+
+
+def _beside(scale: jax.Array, out: jax.Array) -> jax.Array:
+    return scale.reshape((1,) * (out.ndim - 1) + scale.shape)

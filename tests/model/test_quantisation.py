@@ -1,0 +1,165 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmax_jax.config import MeshConfig
+from dmax_jax.kernels.int8_weight import Int8Weight
+from dmax_jax.model.cache import empty_cache
+from dmax_jax.model.masks import BlockPattern, CachedBlocks, block_causal_mask
+from dmax_jax.model.params import cast_params, init_params, param_shardings
+from dmax_jax.model.quantisation import (
+    dequantise_params,
+    int8_shardings,
+    int8_specs,
+    is_quantised,
+    quantise_params,
+)
+from dmax_jax.model.transformer import embed, transformer, unembed
+from dmax_jax.sharding import DECODE, TRAIN, make_mesh
+from tests.models import SMALL, golden_model, small_model, small_params
+
+MANY_EXPERTS = small_model(num_experts=12)  # beyond those that are multiplied with every row
+BLOCK = 8
+
+
+def by_name(tree) -> dict:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@functools.cache
+def params_of(config):
+    return init_params(jax.random.key(0), config)
+
+
+def mask_of(length):
+    return block_causal_mask(length, BLOCK)
+
+
+VISIBLE = {"mask": mask_of, "pattern": lambda length: BlockPattern(BLOCK)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "visible"))
+def logits_of(params, tokens_BT, config, visible="mask"):
+    T = tokens_BT.shape[1]
+    out = transformer(params, embed(params, tokens_BT), jnp.arange(T)[None], VISIBLE[visible](T), config)
+    return unembed(params, out.hidden_BTD)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def logits_over_a_cache(params, tokens_BT, config):
+    cache = jax.tree.map(lambda zeros: zeros + 0.1, empty_cache(config, 2, 64, params.embed.dtype))
+    visible = CachedBlocks(jnp.array([BLOCK, 2 * BLOCK]), jnp.array([True, False]), BLOCK)
+    positions = jnp.arange(tokens_BT.shape[1])[None]
+    out = transformer(params, embed(params, tokens_BT), positions, visible, config, cache=cache)
+    return unembed(params, out.hidden_BTD)
+
+
+def relative_error(found, expected) -> float:
+    found, expected = np.asarray(found), np.asarray(expected)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def test_matrices_are_in_8_bits_and_what_chooses_and_normalises_is_not():
+    params = small_params()
+    quantised = quantise_params(params, SMALL)
+    assert is_quantised(quantised)
+    assert not is_quantised(params)
+    kinds = {name: leaf.dtype.name for name, leaf in by_name(quantised).items()}
+    matrices = {name.removesuffix(".values") for name, kind in kinds.items() if kind == "int8"}
+    attention = {f".layers[{layer}].attention.{name}" for layer in (0, 1) for name in ("qkv", "out")}
+    mlps = {f".layers{mlp}.{name}" for mlp in ("[0].mlp", "[1].mlp.experts", "[1].mlp.shared")
+            for name in ("gate", "up", "down")}  # fmt: skip
+    assert matrices == attention | mlps | {".head"}
+    unchanged = by_name(params).keys() - matrices
+    assert unchanged == kinds.keys() - {f"{name}.{part}" for name in matrices for part in ("values", "scale")}
+    for name in unchanged:
+        np.testing.assert_array_equal(by_name(quantised)[name], by_name(params)[name])
+    again = quantise_params(quantised, SMALL)
+    jax.tree.map(np.testing.assert_array_equal, again, quantised)
+
+
+def test_the_specs_describe_the_real_ones():
+    quantised = quantise_params(small_params(), SMALL)
+    described = jax.tree.map(lambda spec: (spec.shape, spec.dtype or "float32"), int8_specs(SMALL))
+    assert described == jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype.name), quantised)
+
+
+@pytest.mark.parametrize("config", [SMALL, MANY_EXPERTS], ids=["few experts", "many experts"])
+@pytest.mark.parametrize("length", [16, 96])
+def test_the_model_is_that_of_the_dequantised_weights(config, length):
+    """Two rows of 96 positions are more than those that experts are looped over for."""
+    quantised = quantise_params(params_of(config), config)
+    plain = dequantise_params(quantised, jnp.float32)
+    assert not is_quantised(plain)
+    assert jax.tree.structure(plain) == jax.tree.structure(params_of(config))
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, length), 0, config.vocab_size)
+    for logits in (logits_of, functools.partial(logits_of, visible="pattern"), logits_over_a_cache):
+        if logits is logits_over_a_cache:
+            tokens_BT = tokens_BT[:, : 2 * BLOCK]
+        expected = logits(plain, tokens_BT, config=config)
+        assert relative_error(logits(quantised, tokens_BT, config=config), expected) < 1e-5
+        original = logits(params_of(config), tokens_BT, config=config)
+        assert relative_error(expected, original) > 1e-3  # the test would see if nothing were rounded
+
+
+def test_8_bits_cost_a_model_of_the_official_code_little():
+    config, params = golden_model("calm")
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 32), 0, config.vocab_size)
+    expected = logits_of(params, tokens_BT, config)
+    assert relative_error(logits_of(quantise_params(params, config), tokens_BT, config), expected) < 0.05
+
+
+@pytest.mark.parametrize("config", [SMALL, MANY_EXPERTS], ids=["few experts", "many experts"])
+def test_bfloat16(config):
+    quantised = quantise_params(params_of(config), config)
+    plain = dequantise_params(quantised, jnp.float32)
+    narrow = quantise_params(cast_params(plain, jnp.bfloat16), config).replace(head=quantised.head)
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 16), 0, config.vocab_size)
+    logits = logits_of(narrow, tokens_BT, config)
+    assert logits.dtype == jnp.float32
+    assert relative_error(logits, logits_of(plain, tokens_BT, config)) < 0.1
+
+
+@pytest.mark.parametrize("rules", [DECODE, TRAIN], ids=["decode", "train"])
+def test_scales_lie_beside_their_channels(rules):
+    mesh = make_mesh(MeshConfig(data=1, expert=2, tensor=2))
+    shardings = param_shardings(SMALL, mesh, rules)
+    quantised = quantise_params(jax.device_put(small_params(), shardings), SMALL)
+    found = jax.tree.map(lambda leaf: leaf.sharding, quantised)
+    assert found == int8_shardings(shardings, SMALL)
+    jax.tree.map(np.testing.assert_array_equal, quantised, quantise_params(small_params(), SMALL))
+    held = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in by_name(quantised).items()}
+    experts, ffn = SMALL.num_experts // 2, SMALL.moe_intermediate_size // (2 if rules is DECODE else 1)
+    assert held[".layers[1].mlp.experts.gate.values"] == (experts, ffn, 32)
+    assert held[".layers[1].mlp.experts.gate.scale"] == (experts, ffn)
+    assert held[".layers[1].mlp.experts.down.values"] == (experts, 32, ffn)
+    assert held[".layers[1].mlp.experts.down.scale"] == (experts, 32)
+    assert held[".head.scale"] == held[".head.values"][:1]
+    restored = dequantise_params(quantised, jnp.float32)
+    assert jax.tree.map(lambda leaf: leaf.sharding, restored) == shardings
+
+
+@pytest.mark.parametrize("config", [SMALL, MANY_EXPERTS], ids=["few experts", "many experts"])
+def test_a_mesh_changes_nothing(config):
+    quantised = quantise_params(params_of(config), config)
+    mesh = make_mesh(MeshConfig(data=1, tensor=2))
+    spread = jax.device_put(quantised, int8_shardings(param_shardings(config, mesh, DECODE), config))
+    tokens_BT = jax.random.randint(jax.random.key(1), (2, 2 * BLOCK), 0, config.vocab_size)
+    assert relative_error(
+        logits_over_a_cache(spread, tokens_BT, config), logits_over_a_cache(quantised, tokens_BT, config)
+    ) < 1e-5  # fmt: skip
+
+
+def test_donated_weights_make_room_one_by_one():
+    given = jax.tree.map(jnp.copy, small_params())
+    quantised = quantise_params(given, SMALL, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, quantised, quantise_params(small_params(), SMALL))
+    for old, new in zip(jax.tree.leaves(given), jax.tree.leaves(quantised, is_leaf=is_int8), strict=True):
+        assert old.is_deleted() == is_int8(new)
+
+
+def is_int8(leaf) -> bool:
+    return isinstance(leaf, Int8Weight)
