@@ -49,7 +49,7 @@ def dequantise(weight, dtype: jnp.dtype) -> jax.Array:
 def multiply(total, weights_s, rows_s) -> None:
     """Starts total += weights rows for a stage in shared memory, `[64, K]` and `[K, M]`, by one warpgroup.
 
-    While the matrix units multiply a chunk of int8 weights, the next one is converted: two are in registers at most.
+    While the matrix units multiply a chunk of int8 weights, the next one is converted: at most two are in registers.
     """
     if weights_s.dtype != jnp.int8:
         plgpu.wgmma(total, weights_s, rows_s)
