@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
+from dmax_jax.kernels.int8_tiles import load_scale, multiply, scaled, values_of
 from dmax_jax.kernels.layers import swiglu
 from dmax_jax.kernels.streamed_experts import (
     MAX_ROWS,
@@ -115,10 +116,12 @@ def tile_outputs(hidden_TFR, down_EDF, ids_T, upto_E, *, blocks: int, interpret=
     Blocks of threads walk over (tile, 128 features) in turn.
     """
     (_, F, R), (E, D, _), T = hidden_TFR.shape, down_EDF.shape, len(ids_T)
-    dtype, width = hidden_TFR.dtype, WARPGROUPS * ROWS
-    depth = stage_depth(R)
+    dtype, weight_dtype, width = hidden_TFR.dtype, down_EDF.dtype, WARPGROUPS * ROWS
+    depth = stage_depth(R, F, weight_dtype)
     steps, widths = F // depth, D // width
-    stages = stages_that_fit((width + R) * depth * dtype.itemsize, width * R * dtype.itemsize)
+    stages = stages_that_fit((width * weight_dtype.itemsize + R * dtype.itemsize) * depth, width * R * dtype.itemsize)
+
+    row_bytes = 128 if weight_dtype == jnp.int8 else R * dtype.itemsize
 
     def body(hidden, down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
@@ -137,36 +140,39 @@ def tile_outputs(hidden_TFR, down_EDF, ids_T, upto_E, *, blocks: int, interpret=
                 tile, first = place(lax.div(step, steps))
                 columns = pl.ds(lax.rem(step, steps) * depth, depth)
                 plgpu.copy_gmem_to_smem(hidden.at[tile, columns], hidden_s.at[slot], barrier)
-                plgpu.copy_gmem_to_smem(
-                    down.at[expert_at(ids, tile, E), pl.ds(first, width), columns], down_s.at[slot], barrier
-                )
+                features = values_of(down).at[expert_at(ids, tile, E), pl.ds(first, width), columns]
+                plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
 
             stream.fill(own * steps, load)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():
             plgpu.set_max_registers(232, action="increase")
+            rows = pl.ds(warpgroup * ROWS, ROWS)
 
             @pl.loop(0, own)
             def _tile(turn):
                 tile, first = place(turn)
 
+                channels = pl.ds(first + warpgroup * ROWS, ROWS)
+                scale = load_scale(down, expert_at(ids, tile, E), None, 0.0, channels)
+
                 def products(total):
                     @pl.loop(0, steps)
                     def _step(step):
-                        def multiply(slot):
-                            plgpu.wgmma(total, down_s.at[slot, pl.ds(warpgroup * ROWS, ROWS)], hidden_s.at[slot])
-
-                        stream.use(turn * steps + step, multiply)
+                        stream.use(
+                            turn * steps + step,
+                            lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot]),
+                        )
 
                     return total[...]
 
-                total_DR = pl.run_scoped(products, plgpu.ACC((ROWS, R), jnp.float32)).astype(dtype)
+                total_DR = scaled(pl.run_scoped(products, plgpu.ACC((ROWS, R), jnp.float32)), scale).astype(dtype)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left its buffer
                 total_DR = plgpu.layout_cast(total_DR, plgpu.Layout.WGMMA_TRANSPOSED)
                 out_s.at[warpgroup].transpose((1, 0))[...] = total_DR
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[tile, :, pl.ds(first + warpgroup * ROWS, ROWS)])
+                plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[tile, :, channels])
 
             plgpu.wait_smem_to_gmem(0)
 
@@ -179,7 +185,7 @@ def tile_outputs(hidden_TFR, down_EDF, ids_T, upto_E, *, blocks: int, interpret=
         thread_name="warpgroup",
         scratch_types=[
             shared_tile((stages, depth, R), dtype),
-            shared_tile((stages, width, depth), dtype, row_bytes=R * dtype.itemsize),
+            shared_tile((stages, width, depth), weight_dtype, row_bytes=row_bytes),
             shared_tile((WARPGROUPS, R, ROWS), dtype),
             *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
         ],

@@ -5,6 +5,7 @@ gathered: a row that did not choose an expert has weight 0 there. Weights are th
 products, in the orientation of the checkpoint, and rows the right one, so what is between the kernels is transposed.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -15,20 +16,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
-from dmax_jax.kernels.int8_weight import Weight
+from dmax_jax.kernels.int8_tiles import load_scale, multiply, scaled, values_of
+from dmax_jax.kernels.int8_weight import Int8Weight, Weight
 
 MAX_ROWS = 128
 WARPGROUPS = 2  # that multiply; one more fetches
 PARAMS = plgpu.CompilerParams(approx_math=True)
 
-Matrices = tuple[Weight, Weight, Weight]  # gate, up and down; the kernels take arrays alone
+Matrices = tuple[Weight, Weight, Weight]  # gate, up and down
 
 
 def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
     """Whether dtype and sizes are those that the kernels work in."""
     _, F, D = experts[0].shape
     tile = WARPGROUPS * ROWS
-    return {array.dtype for array in (x_MD, *experts)} == {jnp.dtype("bfloat16")} and D % tile == F % tile == 0
+    alike = {matrix.dtype for matrix in experts} in ({jnp.dtype("bfloat16")}, {jnp.dtype("int8")})
+    return x_MD.dtype == jnp.bfloat16 and alike and D % tile == F % tile == 0
 
 
 def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
@@ -67,15 +70,14 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
     in turn: one warpgroup multiplies by gate, one by up. The last of `upto` is the number of listed experts.
     """
     (G, M, D), (E, F, _), T = x_GMD.shape, routed[0].shape, len(ids_T)
-    dtype = x_GMD.dtype
-    depth = stage_depth(M)
+    dtype, weight_dtype = x_GMD.dtype, routed[0].dtype
+    depth = stage_depth(M, D, weight_dtype)
     tiles, steps = F // ROWS, D // depth
     exchange_bytes = ROWS * M * (4 + dtype.itemsize)
-    stages = stages_that_fit((2 * ROWS + M) * depth * dtype.itemsize, exchange_bytes)
+    stages = stages_that_fit((2 * ROWS * weight_dtype.itemsize + M * dtype.itemsize) * depth, exchange_bytes)
 
-    def body(x, gate, up, *refs):
-        shared_refs, refs = (refs[:2], refs[2:]) if shared else (None, refs)
-        ids, upto, weights, out, x_s, gate_s, up_s, raised_s, out_s, full, empty, raised_full, raised_empty = refs
+    def body(x, routed, shared, ids, upto, weights, out, x_s, gate_s, up_s, raised_s, out_s, *barriers):
+        full, empty, raised_full, raised_empty = barriers
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         count = upto[upto.shape[0] - 1]
         own = pl.cdiv((count + (1 if shared else 0)) * tiles - block, blocks)  # tiles of this block
@@ -96,34 +98,45 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
                 columns = pl.ds(lax.rem(step, steps) * depth, depth)
                 plgpu.copy_gmem_to_smem(x.at[0 if G == 1 else listed, :, columns], x_s.at[slot], barrier)
 
-                def fetch_routed():
-                    plgpu.copy_gmem_to_smem(gate.at[expert, features, columns], gate_s.at[slot], barrier)
-                    plgpu.copy_gmem_to_smem(up.at[expert, features, columns], up_s.at[slot], barrier)
+                def fetch(matrices, *which):
+                    for matrix, matrix_s in zip(matrices, (gate_s, up_s), strict=True):
+                        columns_of = values_of(matrix).at[*which, features, columns]
+                        plgpu.copy_gmem_to_smem(columns_of, matrix_s.at[slot], barrier)
 
-                if shared_refs is None:
-                    fetch_routed()
+                if not shared:
+                    fetch(routed, expert)
                     return
-                pl.when(listed < count)(fetch_routed)
+
+                @pl.when(listed < count)
+                def _routed():
+                    fetch(routed, expert)
 
                 @pl.when(listed == count)
                 def _shared():
-                    plgpu.copy_gmem_to_smem(shared_refs[0].at[features, columns], gate_s.at[slot], barrier)
-                    plgpu.copy_gmem_to_smem(shared_refs[1].at[features, columns], up_s.at[slot], barrier)
+                    fetch(shared)
 
             stream.fill(own * steps, load)
 
-        def product(turn, weights_s):
+        def share_of(listed):
+            return jnp.where(listed == count, 1.0, 0.0)  # of the shared expert, whose weight is 1
+
+        def product(turn, matrix, weights_s):
+            listed, feature = place(turn)
+            own_shared = shared and shared[matrix]
+            channels = pl.ds(feature * ROWS, ROWS)
+            scale = load_scale(routed[matrix], expert_at(ids, listed, E), own_shared, share_of(listed), channels)
+
             def multiply_all(total):
                 @pl.loop(0, steps)
                 def _step(step):
-                    def multiply(slot):
-                        plgpu.wgmma(total, weights_s.at[slot], x_s.at[slot].transpose((1, 0)))
-
-                    stream.use(turn * steps + step, multiply)
+                    stream.use(
+                        turn * steps + step,
+                        lambda slot: multiply(total, weights_s.at[slot], x_s.at[slot].transpose((1, 0))),
+                    )
 
                 return total[...]
 
-            return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32))
+            return scaled(pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32)), scale)
 
         @pl.when(warpgroup == 1)
         def _raise():
@@ -131,7 +144,7 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
 
             @pl.loop(0, own)
             def _tile(turn):
-                raised = product(turn, up_s)
+                raised = product(turn, 1, up_s)
 
                 @pl.when(turn > 0)
                 def _wait():
@@ -156,9 +169,9 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
                     weights.at[row, pl.ds(0, M)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
                 )
                 if shared:
-                    share = jnp.where(listed == count, 1.0, 0.0)  # of the shared expert, whose weight is 1
+                    share = share_of(listed)
                     weight_M = weight_M * (1 - share) + share
-                gated = product(turn, gate_s)
+                gated = product(turn, 0, gate_s)
                 plgpu.barrier_wait(raised_full)
                 raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
                 plgpu.barrier_arrive(raised_empty)
@@ -179,8 +192,8 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
         thread_name="warpgroup",
         scratch_types=[
             shared_tile((stages, M, depth), dtype),
-            shared_tile((stages, ROWS, depth), dtype),
-            shared_tile((stages, ROWS, depth), dtype),
+            shared_tile((stages, ROWS, depth), weight_dtype),
+            shared_tile((stages, ROWS, depth), weight_dtype),
             shared_tile((ROWS, M), jnp.float32),
             shared_tile((ROWS, M), dtype),
             *barriers(copies=3, warpgroups=WARPGROUPS, stages=stages),
@@ -189,7 +202,7 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
         ],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_GMD, *routed, *(shared or ()), ids_T, upto, weights)
+    )(x_GMD, routed, shared, ids_T, upto, weights)
 
 
 @kernel("blocks")
@@ -199,16 +212,17 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, block
     The parts are float32. A block of threads has 128 output features and every P-th expert.
     """
     (_, F, M), (E, D, _) = hidden_AFM.shape, down_EDF.shape
-    dtype, tile = hidden_AFM.dtype, WARPGROUPS * ROWS
-    depth = stage_depth(M)
+    dtype, weight_dtype, tile = hidden_AFM.dtype, down_EDF.dtype, WARPGROUPS * ROWS
+    depth = stage_depth(M, F, weight_dtype)
     steps, parts = F // depth, max(1, blocks // (D // tile))
-    stages = stages_that_fit((tile + M) * depth * dtype.itemsize, tile * M * 4)
+    stages = stages_that_fit((tile * weight_dtype.itemsize + M * dtype.itemsize) * depth, tile * M * 4)
 
     def body(hidden, down, shared_down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
         warpgroup, part = lax.axis_index("warpgroup"), lax.axis_index("part")
         first = lax.axis_index("feature") * tile
         count = upto[upto.shape[0] - 1]
-        own = pl.cdiv(count + 1 - part, parts) * steps
+        own = pl.cdiv(count + 1 - part, parts)  # experts of this block
+        own_steps = own * steps
         stream = Stream(full, empty, stages)
 
         @pl.when(warpgroup == WARPGROUPS)
@@ -224,36 +238,51 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, block
 
                 @pl.when(~is_shared)
                 def _routed():
-                    plgpu.copy_gmem_to_smem(down.at[expert, pl.ds(first, tile), columns], down_s.at[slot], barrier)
+                    features = values_of(down).at[expert, pl.ds(first, tile), columns]
+                    plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
 
                 @pl.when(is_shared)
                 def _shared():
-                    plgpu.copy_gmem_to_smem(shared_down.at[pl.ds(first, tile), columns], down_s.at[slot], barrier)
+                    features = values_of(shared_down).at[pl.ds(first, tile), columns]
+                    plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
 
-            stream.fill(own, load)
+            stream.fill(own_steps, load)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def products(total):
-                @pl.loop(0, own)
-                def _step(step):
-                    def multiply(slot):
-                        plgpu.wgmma(total, down_s.at[slot, pl.ds(warpgroup * ROWS, ROWS)], hidden_s.at[slot])
+            rows = pl.ds(warpgroup * ROWS, ROWS)
 
-                    stream.use(step, multiply)
+            def products(start, stop):
+                def multiply_all(total):
+                    @pl.loop(start, stop)
+                    def _step(step):
+                        stream.use(step, lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot]))
 
-                return total[...]
+                    return total[...]
 
-            total_DM = pl.run_scoped(products, plgpu.ACC((ROWS, M), jnp.float32))
+                return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32))
+
+            def add_scaled(turn, total_DM):
+                listed = part + turn * parts
+                share = jnp.where(listed == count, 1.0, 0.0)
+                channels = pl.ds(first + warpgroup * ROWS, ROWS)
+                scale = load_scale(down, expert_at(ids, listed, E), shared_down, share, channels)
+                return total_DM + scaled(products(turn * steps, (turn + 1) * steps), scale)
+
+            if isinstance(down, Int8Weight):
+                nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
+                total_DM = lax.fori_loop(0, own, add_scaled, nothing_DM)
+            else:
+                total_DM = products(0, own_steps)
             total_DM = plgpu.layout_cast(total_DM, plgpu.Layout.WGMMA_TRANSPOSED)
             out_s.at[warpgroup].transpose((1, 0))[...] = total_DM
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[part, :, pl.ds(first + warpgroup * ROWS, ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-    row_bytes = M * dtype.itemsize
+    row_bytes = 128 if weight_dtype == jnp.int8 else M * dtype.itemsize
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((parts, M, D), jnp.float32),
@@ -263,7 +292,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, block
         thread_name="warpgroup",
         scratch_types=[
             shared_tile((stages, depth, M), dtype),
-            shared_tile((stages, tile, depth), dtype, row_bytes=row_bytes),
+            shared_tile((stages, tile, depth), weight_dtype, row_bytes=row_bytes),
             shared_tile((WARPGROUPS, M, ROWS), jnp.float32),
             *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
         ],
@@ -272,9 +301,10 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, block
     )(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E)
 
 
-def stage_depth(rows: int) -> int:
+def stage_depth(rows: int, columns: int, dtype: jnp.dtype) -> int:
     """Columns of the weights in a stage: few large copies, if the rows leave room for several stages."""
-    return 2 * ROWS if rows <= ROWS else ROWS
+    together = 128 // dtype.itemsize
+    return math.gcd(2 * together if rows <= 32 * dtype.itemsize else together, columns)
 
 
 def expert_at(ids, place: jax.Array, experts: int) -> jax.Array:

@@ -5,6 +5,7 @@ import pytest
 
 from dmax_jax.kernels.expert_choice import listed
 from dmax_jax.kernels.grouped_experts import count_above, group_rows, grouped_experts, tile_outputs, tile_rows
+from dmax_jax.kernels.int8_weight import dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
 from tests.kernels.test_routed_experts import draw
@@ -38,6 +39,21 @@ def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, am
     assert np.linalg.norm(found - exact) < 0.006 * np.linalg.norm(exact)  # bfloat16 before the sum over experts
 
 
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "experts", "per_row"), [(40, 12, 3), (50, 6, 3), (70, 3, 2)])  # tiles of 16, 64, 128
+def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, experts, per_row):
+    x, weights, routed, shared = draw(rows, rows, D, F, experts, per_row, None, shared_width=64)
+    choice = listed(single(weights, jnp.float32))
+    x = jnp.asarray(x, jnp.bfloat16)
+    factors = [1 + np.arange(matrix.shape[1])[:, None] % 5 for matrix in routed]  # scales differ much
+    routed = [quantise(jnp.asarray(matrix * factor)) for matrix, factor in zip(routed, factors, strict=True)]
+    shared = [quantise(jnp.asarray(matrix)) for matrix in shared]
+    found = interpreted(grouped_experts, x, choice, routed, shared, experts_per_row=per_row, blocks=5)
+    wide = [[dequantise(matrix, jnp.float32) for matrix in matrices] for matrices in (routed, shared)]
+    exact = ragged_experts(x.astype(jnp.float32), choice, *wide, experts_per_row=per_row)
+    assert np.linalg.norm(found - exact) < 0.005 * np.linalg.norm(exact)
+
+
 @pytest.mark.parametrize(("rows", "experts", "chosen"), [(1, 4, 1), (33, 8, 2), (64, 4, 4), (5, 3, 0)])
 def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert(rows, experts, chosen):
     _, weights, _, _ = draw(rows, rows, D, F, experts, chosen, None, shared_width=F)
@@ -56,13 +72,6 @@ def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert(rows, experts
     places = np.asarray(groups.places_MX)[np.asarray(groups.taken_MX)]
     assert len(set(places.tolist())) == len(places) == rows * chosen
     assert (np.asarray(groups.rows_TR).reshape(-1)[places] == np.repeat(np.arange(rows), chosen)).all()
-
-
-@pytest.mark.parametrize("rows", [1, 128, 300])
-def test_entries_above_are_counted(rows):
-    marked = np.random.default_rng(rows).random((rows, 3)) < 0.4
-    expected = np.cumsum(marked, axis=0) - marked
-    np.testing.assert_array_equal(jax.jit(count_above)(jnp.asarray(marked)), expected)
 
 
 def test_tiles_have_room_for_most_experts():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels.expert_choice import listed
+from dmax_jax.kernels.int8_weight import Int8Weight, dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
 from dmax_jax.kernels.streamed_experts import can_stream, expert_hidden, streamed_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
@@ -21,11 +22,22 @@ def inputs_of(rows: int, among=None, chosen=X):
     return *single((x, experts, shared), jnp.bfloat16), listed(single(weights, jnp.float32))
 
 
-def check(rows, among, blocks, chosen=X):
+def rounded(matrices):
+    """The matrices in 8 bits with scales that differ much, and what they stand for."""
+    small = [quantise(matrix) for matrix in matrices]
+    factors = [(1 + jnp.arange(matrix.scale.size).reshape(matrix.scale.shape) % 7) / 4 for matrix in small]
+    small = [Int8Weight(matrix.values, matrix.scale * factor) for matrix, factor in zip(small, factors, strict=True)]
+    return small, [dequantise(matrix, jnp.float32) for matrix in small]
+
+
+def check(rows, among, blocks, chosen=X, eight_bits=False):
     x, experts, shared, choice = inputs_of(rows, among, chosen)
+    wide = single((x, experts, shared), jnp.float32)
+    if eight_bits:
+        (experts, wide_experts), (shared, wide_shared) = rounded(experts), rounded(shared)
+        wide = wide[0], wide_experts, wide_shared
     assert can_stream(x, experts, shared)
     found = interpreted(streamed_experts, x, choice, experts, shared, blocks=blocks)
-    wide = single((x, experts, shared), jnp.float32)
     exact = ragged_experts(wide[0], choice, *wide[1:], experts_per_row=max(chosen, 1))
     assert found.dtype == jnp.bfloat16
     assert np.linalg.norm(found - exact) < 0.004 * np.linalg.norm(exact)  # bfloat16 between the two products
@@ -40,9 +52,17 @@ def test_the_kernels_equal_the_plain_function(rows, among, blocks):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("blocks", [2, 5])
+@pytest.mark.parametrize(("rows", "among"), [(1, None), (32, [0, 4, 11]), (64, None), (128, None)])
+def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, among, blocks):
+    check(rows, among, blocks, eight_bits=True)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("chosen", [0, 1, E])
-def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen):
-    choice = check(16, None if chosen == E else [5], blocks=9, chosen=chosen)
+def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen, eight_bits):
+    choice = check(16, None if chosen == E else [5], blocks=9, chosen=chosen, eight_bits=eight_bits)
     assert choice.upto_E[-1] == chosen
 
 
