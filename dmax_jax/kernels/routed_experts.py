@@ -26,14 +26,14 @@ def routed_experts(
     """
     if experts[0].shape[0] <= DENSE_EXPERTS:
         return dense_experts(x_MD, choice, experts, shared)
-    if isinstance(experts[0], Int8Weight) and len(x_MD) <= MAX_ROWS:
-        return looped_experts(x_MD, choice, experts, shared)
     plain = functools.partial(ragged_experts, experts_per_row=experts_per_row)
     if is_hopper() and can_stream(x_MD, experts, shared):
         return differentiated_as(plain)(streamed_experts)(x_MD, choice, experts, shared)
     if is_hopper() and suits_kernels(x_MD, experts):
         grouped = functools.partial(grouped_experts, experts_per_row=experts_per_row)
         return differentiated_as(plain)(grouped)(x_MD, choice, experts, shared)
+    if isinstance(experts[0], Int8Weight) and len(x_MD) <= MAX_ROWS:
+        return looped_experts(x_MD, choice, experts, shared)
     return plain(x_MD, choice, experts, shared)
 
 

@@ -74,6 +74,13 @@ def test_every_pair_has_a_place_of_its_own_in_a_tile_of_its_expert(rows, experts
     assert (np.asarray(groups.rows_TR).reshape(-1)[places] == np.repeat(np.arange(rows), chosen)).all()
 
 
+@pytest.mark.parametrize("rows", [1, 128, 300])
+def test_entries_above_are_counted(rows):
+    marked = np.random.default_rng(rows).random((rows, 3)) < 0.4
+    expected = np.cumsum(marked, axis=0) - marked
+    np.testing.assert_array_equal(jax.jit(count_above)(jnp.asarray(marked)), expected)
+
+
 def test_tiles_have_room_for_most_experts():
     assert [tile_rows(pairs, 256) for pairs in (8, 256, 2048, 4096, 8192, 10**6)] == [16, 16, 16, 32, 64, 128]
 
