@@ -47,7 +47,7 @@ def project(x: jax.Array, weight: Weight) -> jax.Array:
 
 def project_to_float32(x: jax.Array, weight: Weight) -> jax.Array:
     """`project` with its sums left in float32. The scale multiplies the sums, so that factors are exact in bfloat16."""
-    factor = weight.values.astype(x.dtype) if isinstance(weight, Int8Weight) else weight
+    x, factor = factors(x, weight) if isinstance(weight, Int8Weight) else (x, weight)
     out = jnp.einsum("...d,vd->...v", x, factor, preferred_element_type=jnp.float32)
     return out * _beside(weight.scale, out) if isinstance(weight, Int8Weight) else out
 
@@ -56,10 +56,20 @@ def project_groups(x_PD: jax.Array, weight_EFD: Weight, sizes_E: jax.Array) -> j
     """`project` of the first `sizes_E[0]` rows with the first weight, and so on: [P, F]."""
     if not isinstance(weight_EFD, Int8Weight):
         return jax.lax.ragged_dot(x_PD, weight_EFD.swapaxes(1, 2), sizes_E)
-    values_EDF = weight_EFD.values.astype(x_PD.dtype).swapaxes(1, 2)
-    out_PF = jax.lax.ragged_dot(x_PD, values_EDF, sizes_E, preferred_element_type=jnp.float32)
+    x_PD, values_EFD = factors(x_PD, weight_EFD)
+    out_PF = jax.lax.ragged_dot(x_PD, values_EFD.swapaxes(1, 2), sizes_E, preferred_element_type=jnp.float32)
     scale_PF = jnp.repeat(weight_EFD.scale, sizes_E, axis=0, total_repeat_length=len(x_PD))
     return (out_PF * scale_PF).astype(x_PD.dtype)
+
+
+def factors(x: jax.Array, weight: Int8Weight) -> tuple[jax.Array, jax.Array]:
+    """`x` and the values in its dtype, for a product of them.
+
+    XLA would convert the values once, before a loop, and carry that copy of the model through it, in 16 bits; so that
+    it can't, they wait for `x`.
+    """
+    x, values = jax.lax.optimization_barrier((x, weight.values))
+    return x, values.astype(x.dtype)
 
 
 def _beside(scale: jax.Array, out: jax.Array) -> jax.Array:

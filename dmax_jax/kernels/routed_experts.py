@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.grouped_experts import grouped_experts
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper
-from dmax_jax.kernels.int8_weight import Int8Weight, Weight, project, project_groups
+from dmax_jax.kernels.int8_weight import Int8Weight, Weight, factors, project, project_groups
 from dmax_jax.kernels.layers import swiglu
 from dmax_jax.kernels.streamed_experts import MAX_ROWS, Matrices, can_stream, streamed_experts, suits_kernels
 
@@ -49,7 +49,7 @@ def dense_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Ma
     hidden_MEF = hidden_MEF.reshape(-1, E, F) * choice.weights_ME[:, :, None].astype(x_MD.dtype)
     if not isinstance(down_EDF, Int8Weight):
         return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF) + swiglu(x_MD, *shared)
-    values_EDF = down_EDF.values.astype(x_MD.dtype)
+    hidden_MEF, values_EDF = factors(hidden_MEF, down_EDF)
     out_MED = jnp.einsum("mef,edf->med", hidden_MEF, values_EDF, preferred_element_type=jnp.float32)
     return jnp.sum(out_MED * down_EDF.scale[None], axis=1).astype(x_MD.dtype) + swiglu(x_MD, *shared)
 

@@ -77,3 +77,16 @@ def test_a_plain_weight_is_multiplied_as_ever():
     assert program(project, x, weight) == program(lambda x, w: x @ w.T, x, weight)
     head = program(lambda x, w: jnp.einsum("...d,vd->...v", x, w, preferred_element_type=jnp.float32), x, weight)
     assert program(project_to_float32, x, weight) == head
+
+
+def test_a_loop_carries_8_bits():
+    """XLA would like to convert once, before the loop."""
+    weight = quantise(draw(64, 64))
+
+    def loop(x, weight, steps):
+        return jax.lax.fori_loop(0, steps, lambda _, x: jnp.tanh(project(x, weight)), x)
+
+    compiled = jax.jit(loop).lower(jnp.ones((2, 64)), weight, 5).compile()
+    (carried,) = [line for line in compiled.as_text().splitlines() if " while(" in line]
+    assert "s8[64,64]" in carried
+    assert "f32[64,64]" not in carried.split(" while(")[0]
