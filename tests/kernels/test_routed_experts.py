@@ -199,24 +199,22 @@ def test_8_bit_experts_of_bfloat16_rows(implementation):
 
 
 @pytest.mark.parametrize(
-    ("rows", "experts", "chosen"),
-    [(11, DENSE_EXPERTS, "dense"), (128, 12, "looped"), (129, 12, "ragged")],
+    ("rows", "experts", "hopper", "chosen"),
+    [
+        (11, DENSE_EXPERTS, False, "dense"),
+        (128, 12, False, "looped"),
+        (129, 12, False, "ragged"),
+        (11, DENSE_EXPERTS, True, "dense"),
+        (128, 12, True, "streamed"),
+        (129, 12, True, "grouped"),
+    ],
 )
-@pytest.mark.parametrize("hopper", [False, True])
-def test_8_bit_experts_never_reach_a_kernel(rows, experts, chosen, hopper, monkeypatch):
-    """Sizes are those that the kernels take in bfloat16."""
-    seen = []
-
-    def spy(name):
-        real = getattr(module, f"{name}_experts")
-        monkeypatch.setattr(
-            module, f"{name}_experts", lambda *inputs, **rest: seen.append(name) or real(*inputs, **rest)
-        )
-
+def test_what_runs_8_bit_experts(rows, experts, hopper, chosen, monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda: hopper)
     for name in ("dense", "looped", "ragged", "streamed", "grouped"):
-        spy(name)
-    inputs = draw(7, rows, 128, 128, experts, 2, shared_width=128)
-    out, wanted = run_int8(functools.partial(routed_experts), inputs, 2, jnp.bfloat16)
-    close(np.asarray(out, np.float64), wanted, 0.02)
-    assert seen == [chosen]
+        monkeypatch.setattr(module, f"{name}_experts", lambda *inputs, name=name, **rest: name)
+    monkeypatch.setattr(module, "differentiated_as", lambda plain: lambda function: function)
+    x, weights, *matrices = draw(7, rows, 128, 128, experts, 2, shared_width=128)
+    quantised = [[quantise(jnp.asarray(matrix)) for matrix in kind] for kind in matrices]
+    choice = listed(jnp.asarray(weights, jnp.float32))
+    assert routed_experts(jnp.asarray(x, jnp.bfloat16), choice, *quantised, experts_per_row=2) == chosen
