@@ -27,7 +27,7 @@ from dmax_jax.checkpoint.layout import LOADERS, detect_layout
 from dmax_jax.checkpoint.store import save_model
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params, count_params
-from dmax_jax.model.quantisation import quantise_params
+from dmax_jax.model.quantisation import dequantise_params, quantise_params
 
 FLAGS = flags.FlagValues()
 INPUT = flags.DEFINE_string("input", None, "Directory of the model, layout detected.", FLAGS, required=True)
@@ -41,8 +41,8 @@ DTYPE = flags.DEFINE_enum(
     FLAGS,
 )
 WEIGHTS = flags.DEFINE_enum(
-    "weights", None, ["int8"], "int8: large matrices in 8 bits, a scale per output channel; for --to=orbax, to decode.",
-    FLAGS,
+    "weights", None, ["bf16", "int8"], "int8: large matrices in 8 bits, a scale per output channel; for --to=orbax, to "
+    "decode. bf16: none in 8 bits. Default: as stored.", FLAGS,
 )  # fmt: skip
 MAX_FILE_MIB = flags.DEFINE_integer("max_file_mib", 4096, "Largest safetensors file, in MiB.", 1, flag_values=FLAGS)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "Mask token, if config.json has none.", flag_values=FLAGS)
@@ -66,6 +66,8 @@ def main() -> None:
         refuse_overflow(params)
     if WEIGHTS.value == "int8":
         params = quantise_params(params, config, donate=True)
+    elif WEIGHTS.value == "bf16":
+        params = dequantise_params(params, params.embed.dtype)
     print(f"writing {output} ({target})", file=sys.stderr)
     if target == "orbax":
         save_model(output, params, config, source=source)

@@ -104,7 +104,7 @@ def main() -> None:
     mesh = make_mesh(sizes)
     use_compilation_cache()
     on_cpu = mesh.devices.flat[0].platform == "cpu"
-    # Before the weights are there, so that its array is no part of the peak memory.
+    # Before the weights are there, so that its array doesn't add to the peak of the memory.
     bandwidth = read_bandwidth(mesh, BANDWIDTH_BYTES.value or (2**28 if on_cpu else 2**32))
     start = time.perf_counter()
     config, params = load_model(mesh)
@@ -155,7 +155,7 @@ def measure(
     limit_ms = 1e3 * needed.total / loaded["bandwidth"]
     return {
         **{flag.name: flag.value for flag in (CONFIG, CHECKPOINT, DTYPE, ROUTING, MESH, SEED)},
-        "weights": "int8" if is_quantised(params) else "bf16",
+        "weights": "int8" if is_quantised(params) else DTYPE.value,
         **dataclasses.asdict(problem),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
@@ -183,11 +183,13 @@ def load_model(mesh: Mesh) -> tuple[ModelConfig, Params]:
     return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh, int8=int8)
 
 
-HEADING = "rows   ms/forward   limit ms   reached   active experts   tokens/s   of each row   prefill ms   peak GB\n"
+HEADING = (
+    "rows   ms/forward   limit ms   reached   active experts   tokens/s   of each row   prefill ms   peak GB so far\n"
+)
 
 
 def line(record: dict[str, Any]) -> str:
-    """The record as one line under HEADING."""
+    """The record as one line under HEADING; the peak of the memory is that of all lines so far."""
     active, peak = record["active_experts"], record["peak_bytes"]
     return (
         f"{record['batch_size']:4}   {record['ms_per_forward']:10.3f}   {record['limit_ms']:8.3f}   "
@@ -220,7 +222,7 @@ def table(record: dict[str, Any]) -> str:
         "start": f"weights {record['weights_seconds']:.1f} s, compilation {record['compile_seconds']:.1f} s",
         "peak memory": "not told by this backend"
         if record["peak_bytes"] is None
-        else f"{record['peak_bytes'] / 1e9:.2f} GB of one device",
+        else f"{record['peak_bytes'] / 1e9:.2f} GB of one device, since the start",
     }
     width = max(map(len, rows))
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows.items())

@@ -118,7 +118,7 @@ def answer_prompts(
     for answer in tqdm(decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size):
         text = shown(answer, model.tokenizer, name)
         # tqdm's does not tear the progress bar as print does.
-        tqdm.write(text if stream is None else text.removeprefix(stream.printed))
+        tqdm.write(text if stream is None else stream.rest_of(text))
         answers.append(answer)
     if len(answers) > 1:
         tokens, forwards = (sum(getattr(a, field) for a in answers) for field in ("generated_tokens", "forwards"))
@@ -147,6 +147,10 @@ class Stream:
         if text.startswith(self.printed):  # not if a character is still in pieces
             print(text[len(self.printed) :], end="", flush=True)
             self.printed = text
+
+    def rest_of(self, text: str) -> str:
+        """What is left to print; all of it, on a line of its own, if it doesn't begin as what stands there."""
+        return text[len(self.printed) :] if text.startswith(self.printed) else f"\n{text}"
 
     def _before_end(self, ids: list[int]) -> list[int]:
         given = self._settings.eos_id

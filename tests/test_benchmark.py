@@ -66,7 +66,7 @@ def test_8_bit_weights(source, tmp_path, capsys):
     for weights in ("bf16", "int8"):
         run("decode", model, *SIZES, "--repeats=1", f"--weights={weights}", f"--output={output}")
         record = json.loads(output.read_text())
-        assert record["weights"] == weights
+        assert record["weights"] == ("int8" if weights == "int8" else "bfloat16")
         heads.append(record["required_bytes"]["head"])
         described = "bfloat16 with 8-bit weights," if weights == "int8" else "bfloat16, "
         assert described in capsys.readouterr().out

@@ -19,7 +19,7 @@ from dmax_jax.model.params import Params, ParamSpec, param_specs
 from dmax_jax.model.quantisation import is_quantised
 
 NO_INT8 = (
-    "8-bit weights have no place in the Hugging Face layout; write Orbax's (--to=orbax) or keep the weights as they are"
+    "8-bit weights have no place in the Hugging Face layout: write Orbax's (--to=orbax), or 16 bits (--weights=bf16)"
 )
 Progress = Callable[[list], Iterable]  # such as tqdm; iter shows nothing
 

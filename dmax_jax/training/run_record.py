@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from dmax_jax.checkpoint.directory import TOKENIZER_FILES, copy_companions
 from dmax_jax.checkpoint.hf_config import write_config
@@ -31,9 +32,12 @@ def describe_run(run: RunConfig, model: ModelConfig, tokenizer_dir: pathlib.Path
 
 
 def refuse_other_run(run: RunConfig, workdir: pathlib.Path) -> None:
-    """Raises InputError, naming the field, if the directory's run has other settings."""
+    """Raises InputError, naming the field, if the directory's run has other settings.
+
+    A setting that is newer than the directory has its default there.
+    """
     try:
-        old = flatten(json.loads((workdir / "run.json").read_text()))
+        old = defaults_of(run) | flatten(json.loads((workdir / "run.json").read_text()))
     except ValueError as error:
         raise InputError(f"{workdir}/run.json is damaged ({error}); choose another --workdir") from None
     new = flatten(dataclasses.asdict(run))
@@ -44,6 +48,18 @@ def refuse_other_run(run: RunConfig, workdir: pathlib.Path) -> None:
                 f"{workdir} holds a run with {name}={old.get(name)}, this one has {new.get(name)}: choose another "
                 "--workdir or the same settings"
             )
+
+
+def defaults_of(config: Any, prefix: str = "") -> dict:
+    """The defaults of a dataclass's fields and of the dataclasses in it, with dotted names."""
+    flat = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            flat |= defaults_of(value, f"{prefix}{field.name}.")
+        elif field.default is not dataclasses.MISSING:
+            flat[prefix + field.name] = field.default
+    return flat
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

@@ -88,6 +88,13 @@ def test_8_bit_weights(tmp_path, capsys):
     assert f"{sum(leaf.nbytes for leaf in jax.tree.leaves(found)):,} bytes" in capsys.readouterr().out
 
 
+def test_8_bit_weights_become_16_bits_again_for_the_other_layout(tmp_path):
+    convert(f"--input={TINY}", f"--output={tmp_path / 'int8'}", "--weights=int8", "--dtype=bfloat16")
+    convert(f"--input={tmp_path / 'int8'}", f"--output={tmp_path / 'hf'}", "--to=hf", "--weights=bf16")
+    _, expected = load_checkpoint(tmp_path / "int8", weights="bf16")
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "hf")[1], expected)
+
+
 def int8_to_hf(tmp_path: pathlib.Path) -> tuple[list[str], str]:
     arguments = [f"--input={TINY}", f"--output={tmp_path / 'out'}", "--to=hf", "--weights=int8"]
     return arguments, "8-bit weights have no place in the Hugging Face layout"

@@ -169,6 +169,11 @@ def test_another_run_is_refused_and_a_change_of_no_consequence_is_not(recorder, 
     ]:
         with pytest.raises(InputError, match=message):
             train(dataclasses.replace(RUN, **changes), tmp_path, DEMO)
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["deterministic"], record["objective"]["certainty"]  # as if the directory were older than the settings
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="holds a run with deterministic=False, this one has True"):
+        train(dataclasses.replace(RUN, deterministic=True), tmp_path, DEMO)
     free = dataclasses.replace(RUN, log_every=3, checkpoint=CheckpointConfig(every_steps=3, keep=1))
     assert train(free, tmp_path, DEMO)
 
