@@ -16,7 +16,7 @@ MARKERS = ("o", "s", "D", "P", "^", "v", "X", "*", "<")
 def require_matplotlib() -> None:
     """Raises InputError if the plots can't be made, for a check before long work."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError('the plots of a study need matplotlib: pip install ".[study]"')
+        raise InputError('plots need matplotlib: pip install ".[study]"')
 
 
 def plot_curves(study: Study, summaries: dict[str, RowSummary], path: pathlib.Path) -> None:
