@@ -204,6 +204,7 @@ def get_study() -> Study:
             batch_size=128,
             optimizer=OptimizerConfig(learning_rate=4e-4, beta2=0.98),
             log_every=50,
+            deterministic=True,
         ),
         answers=100_000,
         answers_batch=1000,

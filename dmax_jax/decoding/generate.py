@@ -16,6 +16,7 @@ from dmax_jax.decoding.block import Block, enter_block
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding.rows import Rows, Trace, empty_trace, leave_blocks, slice_rows
 from dmax_jax.decoding.spd import spd_step
+from dmax_jax.determinism import compiler_options
 from dmax_jax.model.cache import TILE, empty_cache, write_cache
 from dmax_jax.model.masks import CachedBlocks, block_causal_mask
 from dmax_jax.model.params import Params
@@ -51,10 +52,11 @@ class Generation:
     active_experts: jax.Array | None  # per sparse layer: experts that a forward ran, summed over the forwards
 
 
+STATIC = ("geometry", "config", "trace", "count_experts", "on_blocks")
 BlockListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # left_B, start_B and tokens_BW of a forward
 
 
-@functools.partial(jax.jit, static_argnames=("geometry", "config", "trace", "count_experts", "on_blocks"))
+@functools.partial(jax.jit, static_argnames=STATIC)
 def generate(
     params: Params,
     prompt_BP: jax.Array,
@@ -103,6 +105,11 @@ def generate(
         rows = rows.replace(active_experts=jnp.zeros(sparse_layers, jnp.int32))
     rows = jax.lax.while_loop(unfinished, refine_until_one_leaves, rows)
     return Generation(rows.tokens_BT, rows.end_B, rows.forwards_B, rows.trace, rows.active_experts)
+
+
+generate_deterministically = jax.jit(
+    generate.__wrapped__, static_argnames=STATIC, compiler_options=compiler_options(deterministic=True)
+)
 
 
 def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, mask_id, trace) -> Rows:
