@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a matrix product of one warpgroup; also the width of a stage in columns
@@ -99,6 +100,42 @@ def barriers(copies: int, warpgroups: int, stages: int):
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
+
+
+def all_at_once(blocks: int, *, interpret) -> dict:
+    """Arguments of a kernel whose blocks of threads wait for each other; their axis is "block".
+
+    On a GPU they all run if there are no more than it has room for. The interpreter runs the grid's blocks one after
+    another, and only those of a cluster together.
+    """
+    axis = "cluster" if interpret else "grid"
+    return {axis: (blocks,), f"{axis}_names": ("block",)}
+
+
+def signal(counter) -> None:
+    """Adds 1 to an int32 in global memory, for others to see after all that this warpgroup has written there before.
+
+    What it wrote by copies from shared memory must be waited for first.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add_one(_, counter):
+        utils.warpgroup_barrier()
+        utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    add_one(counter)
+
+
+def wait_for(counter, number) -> None:
+    """Waits until `number` signals were given; then this warpgroup, and copies that it starts, see what was before."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait_until(_, counter, number):
+        semaphore = utils.SemaphoreRef(utils.memref_ptr(counter))
+        semaphore.wait(number.registers.item(), decrement=False, memory_scope="gpu")
+        utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+
+    wait_until(counter, jnp.int32(number))
 
 
 def differentiated_as(plain):

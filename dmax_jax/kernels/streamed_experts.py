@@ -15,7 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
-from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
+from dmax_jax.kernels.hopper import (
+    ROWS,
+    Stream,
+    all_at_once,
+    barriers,
+    kernel,
+    multiprocessors,
+    shared_tile,
+    signal,
+    stages_that_fit,
+    wait_for,
+)
 from dmax_jax.kernels.int8_tiles import load_scale, multiply, scaled, values_of
 from dmax_jax.kernels.int8_weight import Int8Weight, Weight
 
@@ -55,8 +66,9 @@ def streamed_experts(
     x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
     tiles = choice.ids_E, choice.upto_E
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    hidden_AFM = expert_hidden(x_MD[None], experts[:2], shared[:2], *tiles, choice.columns_EM, **how)
-    parts_PMD = expert_outputs(hidden_AFM, experts[2], shared[2], *tiles, **how)
+    counters_E = jnp.minimum(choice.upto_E, 0)  # zeros that XLA writes beside `upto_E`, not by a program of their own
+    inputs = x_MD, tuple(experts), tuple(shared), *tiles, choice.columns_EM, counters_E
+    parts_PMD = expert_sums(*inputs, **how)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 
 
@@ -206,99 +218,212 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
 
 
 @kernel("blocks")
-def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, blocks: int, interpret=False) -> jax.Array:
-    """Sums down hidden over the listed experts and the shared one, in P parts that are left to be added: [P, M, D].
+def expert_sums(x_MD, experts, shared, ids_E, upto_E, weights_EM, counters_E, *, blocks: int, interpret=False):
+    """Sums the weighted SwiGLU outputs of the listed experts and the shared one, in P parts to be added: [P, M, D].
 
-    The parts are float32. A block of threads has 128 output features and every P-th expert.
+    The parts are float32; M is 16, 32, 64 or 128. Two phases in one kernel, so that memory never idles between them: all
+    blocks of threads walk over tiles of (expert, 64 features) for gate and up, and then have a tile of 128 output
+    features and some of the experts for down. `counters_E` are zeros: they count the tiles of each two experts that are
+    done, which down waits for. All blocks must run at once, one per multiprocessor; as each first makes its tiles,
+    waiting for nobody, all waiting ends.
     """
-    (_, F, M), (E, D, _) = hidden_AFM.shape, down_EDF.shape
-    dtype, weight_dtype, tile = hidden_AFM.dtype, down_EDF.dtype, WARPGROUPS * ROWS
-    depth = stage_depth(M, F, weight_dtype)
-    steps, parts = F // depth, max(1, blocks // (D // tile))
-    stages = stages_that_fit((tile * weight_dtype.itemsize + M * dtype.itemsize) * depth, tile * M * 4)
+    (M, D), (E, F, _) = x_MD.shape, experts[0].shape
+    dtype, weight_dtype, width = x_MD.dtype, experts[0].dtype, WARPGROUPS * ROWS
+    depth = math.gcd(stage_depth(M, D, weight_dtype), F)
+    tiles, hidden_steps, out_steps = F // ROWS, D // depth, F // depth
+    features = D // width
+    parts = blocks // features
+    stage_bytes = (width * weight_dtype.itemsize + M * dtype.itemsize) * depth
+    stages = stages_that_fit(stage_bytes, ROWS * M * (4 + dtype.itemsize))
 
-    def body(hidden, down, shared_down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
-        warpgroup, part = lax.axis_index("warpgroup"), lax.axis_index("part")
-        first = lax.axis_index("feature") * tile
+    def body(x, experts, shared, ids, upto, weights, counters, out, hidden, rows_s, weights_s, raised_s, out_s, *barriers):
+        full, empty, raised_full, raised_empty = barriers
+        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         count = upto[upto.shape[0] - 1]
-        own = pl.cdiv(count + 1 - part, parts)  # experts of this block
-        own_steps = own * steps
+        active = count + 1
+        turns = pl.cdiv(active * tiles - block, blocks)  # tiles of this block
+        first = turns * hidden_steps  # the step at which down begins
+        part, feature = lax.div(block, features), lax.rem(block, features)
+        deal = Deal(active, tiles, blocks, features, D // F, block)
         stream = Stream(full, empty, stages)
+
+        def place(turn):
+            at = block + turn * blocks
+            return lax.div(at, tiles), lax.rem(at, tiles)
+
+        def done(listed):
+            return counters.at[lax.div(listed, 2)]
 
         @pl.when(warpgroup == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
             def load(step, slot, barrier):
-                listed = part + lax.div(step, steps) * parts
-                is_shared = listed == count
-                expert = expert_at(ids, listed, E)
-                columns = pl.ds(lax.rem(step, steps) * depth, depth)
-                plgpu.copy_gmem_to_smem(hidden.at[listed, columns], hidden_s.at[slot], barrier)
+                def fetch(matrix, half, listed, start, columns):
+                    rows, half_s = pl.ds(start, ROWS), weights_s.at[half, slot]
 
-                @pl.when(~is_shared)
-                def _routed():
-                    features = values_of(down).at[expert, pl.ds(first, tile), columns]
-                    plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
+                    @pl.when(listed < count)
+                    def _routed():
+                        own = values_of(experts[matrix]).at[expert_at(ids, listed, E), rows, columns]
+                        plgpu.copy_gmem_to_smem(own, half_s, barrier)
 
-                @pl.when(is_shared)
-                def _shared():
-                    features = values_of(shared_down).at[pl.ds(first, tile), columns]
-                    plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
+                    @pl.when(listed == count)
+                    def _shared():
+                        plgpu.copy_gmem_to_smem(values_of(shared[matrix]).at[rows, columns], half_s, barrier)
 
-            stream.fill(own_steps, load)
+                @pl.when(step < first)
+                def _hidden():
+                    listed, tile = place(lax.div(step, hidden_steps))
+                    columns = pl.ds(lax.rem(step, hidden_steps) * depth, depth)
+                    plgpu.copy_gmem_to_smem(x.at[:, columns], rows_s.at[slot], barrier)
+                    for half in range(WARPGROUPS):
+                        fetch(half, half, listed, tile * ROWS, columns)
 
-        @pl.when(warpgroup < WARPGROUPS)
-        def _multiply():
+                @pl.when(step >= first)
+                def _out():
+                    step_out = step - first
+                    listed = deal.listed(lax.div(step_out, out_steps))
+                    columns = pl.ds(lax.rem(step_out, out_steps) * depth, depth)
+                    for half in range(WARPGROUPS):
+                        fetch(2, half, listed, feature * width + half * ROWS, columns)
+
+                    @pl.when(lax.rem(step_out, out_steps) == 0)
+                    def _wait():
+                        wait_for(done(listed), jnp.minimum(active - lax.div(listed, 2) * 2, 2) * tiles)
+
+                    plgpu.copy_gmem_to_smem(hidden.at[listed, :, columns], rows_s.at[slot], barrier)
+
+            stream.fill(first + deal.items * out_steps, load)
+
+        def share_of(listed):
+            return jnp.where(listed == count, 1.0, 0.0)  # of the shared expert, whose weight is 1
+
+        def scale_of(matrix, listed, start):
+            expert, channels = expert_at(ids, listed, E), pl.ds(start, ROWS)
+            return load_scale(experts[matrix], expert, shared[matrix], share_of(listed), channels)
+
+        def products(half, start, stop):
+            """The sum over steps of this half of the weights times the rows."""
+
+            def multiply_all(total):
+                @pl.loop(start, stop)
+                def _step(step):
+                    stream.use(
+                        step, lambda slot: multiply(total, weights_s.at[half, slot], rows_s.at[slot].transpose((1, 0)))
+                    )
+
+                return total[...]
+
+            return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32))
+
+        def product(turn, matrix):
+            listed, tile = place(turn)
+            scale = scale_of(matrix, listed, tile * ROWS)
+            return scaled(products(matrix, turn * hidden_steps, (turn + 1) * hidden_steps), scale)
+
+        @pl.when(warpgroup == 1)
+        def _raise():
             plgpu.set_max_registers(232, action="increase")
 
-            rows = pl.ds(warpgroup * ROWS, ROWS)
+            @pl.loop(0, turns)
+            def _tile(turn):
+                raised = product(turn, 1)
 
-            def products(start, stop):
-                def multiply_all(total):
-                    @pl.loop(start, stop)
-                    def _step(step):
-                        stream.use(step, lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot]))
+                @pl.when(turn > 0)
+                def _wait():
+                    plgpu.barrier_wait(raised_empty)
 
-                    return total[...]
+                raised_s[...] = raised
+                plgpu.barrier_arrive(raised_full)
 
-                return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32))
+            @pl.when(turns > 0)
+            def _last():
+                plgpu.barrier_wait(raised_empty)
 
+        @pl.when(warpgroup == 0)
+        def _gate():
+            plgpu.set_max_registers(232, action="increase")
+
+            @pl.loop(0, turns)
+            def _tile(turn):
+                listed, tile = place(turn)
+                share = share_of(listed)
+                weights_M = weights.at[expert_at(ids, listed, E), pl.ds(0, M)]
+                weight_M = plgpu.load(weights_M, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                weight_M = weight_M * (1 - share) + share
+                gated = product(turn, 0)
+                plgpu.barrier_wait(raised_full)
+                raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
+                plgpu.barrier_arrive(raised_empty)
+                hidden_FM = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, (ROWS, M), [1])
+                hidden_FM = plgpu.layout_cast(hidden_FM.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                out_s.transpose((1, 0))[...] = hidden_FM
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_s, hidden.at[listed, :, pl.ds(tile * ROWS, ROWS)])
+                plgpu.wait_smem_to_gmem(0)
+                signal(done(listed))
+
+        @pl.when((warpgroup < WARPGROUPS) & (part < parts))
+        def _lower():
             def add_scaled(turn, total_DM):
-                listed = part + turn * parts
-                share = jnp.where(listed == count, 1.0, 0.0)
-                channels = pl.ds(first + warpgroup * ROWS, ROWS)
-                scale = load_scale(down, expert_at(ids, listed, E), shared_down, share, channels)
-                return total_DM + scaled(products(turn * steps, (turn + 1) * steps), scale)
+                scale = scale_of(2, deal.listed(turn), feature * width + warpgroup * ROWS)
+                start = first + turn * out_steps
+                return total_DM + scaled(products(warpgroup, start, start + out_steps), scale)
 
-            if isinstance(down, Int8Weight):
+            if isinstance(experts[2], Int8Weight):
                 nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
-                total_DM = lax.fori_loop(0, own, add_scaled, nothing_DM)
+                total_DM = lax.fori_loop(0, deal.items, add_scaled, nothing_DM)
             else:
-                total_DM = products(0, own_steps)
+                total_DM = products(warpgroup, first, first + deal.items * out_steps)
             total_DM = plgpu.layout_cast(total_DM, plgpu.Layout.WGMMA_TRANSPOSED)
-            out_s.at[warpgroup].transpose((1, 0))[...] = total_DM
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[part, :, pl.ds(first + warpgroup * ROWS, ROWS)])
-            plgpu.wait_smem_to_gmem(0)
+            out.at[part, :, pl.ds(feature * width + warpgroup * ROWS, ROWS)].transpose((1, 0))[...] = total_DM
 
-    row_bytes = 128 if weight_dtype == jnp.int8 else M * dtype.itemsize
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((parts, M, D), jnp.float32),
-        grid=(D // tile, parts),
-        grid_names=("feature", "part"),
+        out_type=(
+            jax.ShapeDtypeStruct((parts, M, D), jnp.float32),
+            jax.ShapeDtypeStruct((E + 1, M, F), dtype),
+        ),
+        **all_at_once(blocks, interpret=interpret),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types=[
-            shared_tile((stages, depth, M), dtype),
-            shared_tile((stages, tile, depth), weight_dtype, row_bytes=row_bytes),
-            shared_tile((WARPGROUPS, M, ROWS), jnp.float32),
-            *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
+            shared_tile((stages, M, depth), dtype),
+            shared_tile((WARPGROUPS, stages, ROWS, depth), weight_dtype),
+            shared_tile((ROWS, M), jnp.float32),
+            shared_tile((M, ROWS), dtype),
+            *barriers(copies=3, warpgroups=WARPGROUPS, stages=stages),
+            plgpu.Barrier(),
+            plgpu.Barrier(),
         ],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E)
+    )(x_MD, experts, shared, ids_E, upto_E, weights_EM, jax.new_ref(counters_E))[0]
+
+
+class Deal:
+    """Which of the `active` experts a block of threads multiplies by its part of down, and in which order.
+
+    Blocks that had a tile less before take `extra` experts first, which are as much to read as a tile. The others are
+    dealt to all blocks of the same features in turn, in the order in which they were made.
+    """
+
+    def __init__(self, active, tiles: int, blocks: int, features: int, extra: int, block):
+        part, feature = lax.div(block, features), lax.rem(block, features)
+        self.parts, self.part = blocks // features, part
+        with_more = jnp.minimum(lax.rem(active * tiles, blocks), self.parts * features)
+        long = pl.cdiv(with_more - feature, features)  # parts of these features that have had a tile more
+        self.short = jnp.maximum(self.parts - long, 1)
+        self.place = part - long
+        self.lead = jnp.minimum((self.parts - long) * extra, active)  # dealt to the short ones
+        own_lead = jnp.where(self.place >= 0, pl.cdiv(self.lead - self.place, self.short), 0)
+        self.own_lead = jnp.maximum(own_lead, 0)
+        own_rest = jnp.maximum(pl.cdiv(active - self.lead - part, self.parts), 0)
+        self.items = jnp.where(part < self.parts, self.own_lead + own_rest, 0)
+
+    def listed(self, turn):
+        later = self.lead + (turn - self.own_lead) * self.parts + self.part
+        return jnp.where(turn < self.own_lead, turn * self.short + self.place, later)
 
 
 def stage_depth(rows: int, columns: int, dtype: jnp.dtype) -> int:
