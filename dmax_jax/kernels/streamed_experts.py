@@ -321,62 +321,62 @@ def expert_sums(x_MD, experts, shared, ids_E, upto_E, weights_EM, counters_E, *,
             scale = scale_of(matrix, listed, tile * ROWS)
             return scaled(products(matrix, turn * hidden_steps, (turn + 1) * hidden_steps), scale)
 
-        @pl.when(warpgroup == 1)
-        def _raise():
+        @pl.when(warpgroup < WARPGROUPS)
+        def _multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            @pl.loop(0, turns)
-            def _tile(turn):
-                raised = product(turn, 1)
+            @pl.when(warpgroup == 1)
+            def _raise():
+                @pl.loop(0, turns)
+                def _tile(turn):
+                    raised = product(turn, 1)
 
-                @pl.when(turn > 0)
-                def _wait():
+                    @pl.when(turn > 0)
+                    def _wait():
+                        plgpu.barrier_wait(raised_empty)
+
+                    raised_s[...] = raised
+                    plgpu.barrier_arrive(raised_full)
+
+                @pl.when(turns > 0)
+                def _last():
                     plgpu.barrier_wait(raised_empty)
 
-                raised_s[...] = raised
-                plgpu.barrier_arrive(raised_full)
+            @pl.when(warpgroup == 0)
+            def _gate():
+                @pl.loop(0, turns)
+                def _tile(turn):
+                    listed, tile = place(turn)
+                    share = share_of(listed)
+                    weights_M = weights.at[expert_at(ids, listed, E), pl.ds(0, M)]
+                    weight_M = plgpu.load(weights_M, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+                    weight_M = weight_M * (1 - share) + share
+                    gated = product(turn, 0)
+                    plgpu.barrier_wait(raised_full)
+                    raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
+                    plgpu.barrier_arrive(raised_empty)
+                    hidden_FM = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, (ROWS, M), [1])
+                    hidden_FM = plgpu.layout_cast(hidden_FM.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+                    out_s.transpose((1, 0))[...] = hidden_FM
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_s, hidden.at[listed, :, pl.ds(tile * ROWS, ROWS)])
+                    plgpu.wait_smem_to_gmem(0)
+                    signal(done(listed))
 
-            @pl.when(turns > 0)
-            def _last():
-                plgpu.barrier_wait(raised_empty)
+            @pl.when(part < parts)
+            def _lower():
+                def add_scaled(turn, total_DM):
+                    scale = scale_of(2, deal.listed(turn), feature * width + warpgroup * ROWS)
+                    start = first + turn * out_steps
+                    return total_DM + scaled(products(warpgroup, start, start + out_steps), scale)
 
-        @pl.when(warpgroup == 0)
-        def _gate():
-            plgpu.set_max_registers(232, action="increase")
-
-            @pl.loop(0, turns)
-            def _tile(turn):
-                listed, tile = place(turn)
-                share = share_of(listed)
-                weights_M = weights.at[expert_at(ids, listed, E), pl.ds(0, M)]
-                weight_M = plgpu.load(weights_M, layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
-                weight_M = weight_M * (1 - share) + share
-                gated = product(turn, 0)
-                plgpu.barrier_wait(raised_full)
-                raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
-                plgpu.barrier_arrive(raised_empty)
-                hidden_FM = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, (ROWS, M), [1])
-                hidden_FM = plgpu.layout_cast(hidden_FM.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED)
-                out_s.transpose((1, 0))[...] = hidden_FM
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s, hidden.at[listed, :, pl.ds(tile * ROWS, ROWS)])
-                plgpu.wait_smem_to_gmem(0)
-                signal(done(listed))
-
-        @pl.when((warpgroup < WARPGROUPS) & (part < parts))
-        def _lower():
-            def add_scaled(turn, total_DM):
-                scale = scale_of(2, deal.listed(turn), feature * width + warpgroup * ROWS)
-                start = first + turn * out_steps
-                return total_DM + scaled(products(warpgroup, start, start + out_steps), scale)
-
-            if isinstance(experts[2], Int8Weight):
-                nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
-                total_DM = lax.fori_loop(0, deal.items, add_scaled, nothing_DM)
-            else:
-                total_DM = products(warpgroup, first, first + deal.items * out_steps)
-            total_DM = plgpu.layout_cast(total_DM, plgpu.Layout.WGMMA_TRANSPOSED)
-            out.at[part, :, pl.ds(feature * width + warpgroup * ROWS, ROWS)].transpose((1, 0))[...] = total_DM
+                if isinstance(experts[2], Int8Weight):
+                    nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
+                    total_DM = lax.fori_loop(0, deal.items, add_scaled, nothing_DM)
+                else:
+                    total_DM = products(warpgroup, first, first + deal.items * out_steps)
+                total_DM = plgpu.layout_cast(total_DM, plgpu.Layout.WGMMA_TRANSPOSED)
+                out.at[part, :, pl.ds(feature * width + warpgroup * ROWS, ROWS)].transpose((1, 0))[...] = total_DM
 
     return plgpu.kernel(
         body,
