@@ -64,11 +64,8 @@ def streamed_experts(
     M = x_MD.shape[0]
     rows = max(16, 1 << (M - 1).bit_length())
     x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
-    tiles = choice.ids_E, choice.upto_E
-    how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    counters_E = jnp.minimum(choice.upto_E, 0)  # zeros that XLA writes beside `upto_E`, not by a program of their own
-    inputs = x_MD, tuple(experts), tuple(shared), *tiles, choice.columns_EM, counters_E
-    parts_PMD = expert_sums(*inputs, **how)
+    inputs = x_MD, tuple(experts), tuple(shared), counters_and_ids(choice.upto_E), choice.upto_E, choice.columns_EM
+    parts_PMD = expert_sums(*inputs, blocks=blocks or multiprocessors(), interpret=interpret)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 
 
@@ -218,13 +215,13 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
 
 
 @kernel("blocks")
-def expert_sums(x_MD, experts, shared, ids_E, upto_E, weights_EM, counters_E, *, blocks: int, interpret=False):
+def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: int, interpret=False):
     """Sums the weighted SwiGLU outputs of the listed experts and the shared one, in P parts to be added: [P, M, D].
 
     The parts are float32; M is 16, 32, 64 or 128. Two phases in one kernel, so that memory never idles between them: all
     blocks of threads walk over tiles of (expert, 64 features) for gate and up, and then have a tile of 128 output
-    features and some of the experts for down. `counters_E` are zeros: they count the tiles of each two experts that are
-    done, which down waits for. All blocks must run at once, one per multiprocessor; as each first makes its tiles,
+    features and some of the experts for down. The counters before the ids in `lists_L` say how many tiles of each two
+    experts are done, which down waits for. All blocks must run at once, one per multiprocessor; as each first makes its tiles,
     waiting for nobody, all waiting ends.
     """
     (M, D), (E, F, _) = x_MD.shape, experts[0].shape
@@ -236,10 +233,11 @@ def expert_sums(x_MD, experts, shared, ids_E, upto_E, weights_EM, counters_E, *,
     stage_bytes = (width * weight_dtype.itemsize + M * dtype.itemsize) * depth
     stages = stages_that_fit(stage_bytes, ROWS * M * (4 + dtype.itemsize))
 
-    def body(x, experts, shared, ids, upto, weights, counters, out, hidden, rows_s, weights_s, raised_s, out_s, *barriers):
+    def body(x, experts, shared, upto, weights, lists, out, hidden, rows_s, weights_s, raised_s, out_s, *barriers):
         full, empty, raised_full, raised_empty = barriers
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        count = upto[upto.shape[0] - 1]
+        ids = lists.at[pl.ds(lists.shape[0] - E, E)]
+        count = upto[E - 1]
         active = count + 1
         turns = pl.cdiv(active * tiles - block, blocks)  # tiles of this block
         first = turns * hidden_steps  # the step at which down begins
@@ -252,7 +250,7 @@ def expert_sums(x_MD, experts, shared, ids_E, upto_E, weights_EM, counters_E, *,
             return lax.div(at, tiles), lax.rem(at, tiles)
 
         def done(listed):
-            return counters.at[lax.div(listed, 2)]
+            return lists.at[lax.div(listed, 2)]
 
         @pl.when(warpgroup == WARPGROUPS)
         def _fetch():
@@ -398,7 +396,17 @@ def expert_sums(x_MD, experts, shared, ids_E, upto_E, weights_EM, counters_E, *,
         ],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_MD, experts, shared, ids_E, upto_E, weights_EM, jax.new_ref(counters_E))[0]
+    )(x_MD, experts, shared, upto_E, weights_EM, jax.new_ref(lists_L))[0]
+
+
+def counters_and_ids(upto_E: jax.Array) -> jax.Array:
+    """The list of active experts, and before it zeros for `expert_sums` to count in.
+
+    Made like the list, they need no program of their own: up to the places before the first, no expert is active.
+    """
+    E = len(upto_E)
+    places_L = jnp.arange(-(E // 2 + 1), E)
+    return jnp.sum(upto_E[None] <= places_L[:, None], axis=1, dtype=jnp.int32)
 
 
 class Deal:
