@@ -43,13 +43,13 @@ def multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def shared_tile(shape: tuple[int, ...], dtype: jnp.dtype, *, row_bytes: int = 128):
+def shared_tile(shape: tuple[int, ...], dtype: jnp.dtype):
     """Shared memory for tiles `[..., rows, columns]` in the order that the matrix units read.
 
-    Both factors of a product must lie alike: `row_bytes` bounds how much of a row stands together.
+    Both factors of a product must lie alike, and do where their rows have 128 bytes or more.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    together = min(row_bytes, plgpu.find_swizzle(shape[-1] * itemsize * 8))
+    together = plgpu.find_swizzle(shape[-1] * itemsize * 8)
     transforms = plgpu.TilingTransform((8, together // itemsize)), plgpu.SwizzleTransform(together)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -113,9 +113,9 @@ def all_at_once(blocks: int, *, interpret) -> dict:
 
 
 def signal(counter) -> None:
-    """Adds 1 to an int32 in global memory, for others to see after all that this warpgroup has written there before.
+    """Adds 1 to an int32 in global memory. Who sees that also sees what this warpgroup has written there before.
 
-    What it wrote by copies from shared memory must be waited for first.
+    Of what it has copied there from shared memory, that holds once the copies have been waited for.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
@@ -127,13 +127,13 @@ def signal(counter) -> None:
 
 
 def wait_for(counter, number) -> None:
-    """Waits until `number` signals were given; then this warpgroup, and copies that it starts, see what was before."""
+    """Waits until the int32 has come to `number`: this warpgroup, and copies that it starts, see what was signalled."""
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
     def wait_until(_, counter, number):
         semaphore = utils.SemaphoreRef(utils.memref_ptr(counter))
         semaphore.wait(number.registers.item(), decrement=False, memory_scope="gpu")
-        utils.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        utils.inline_ptx("fence.proxy.async;", has_side_effects=True)  # copies are of another proxy than loads
 
     wait_until(counter, jnp.int32(number))
 
