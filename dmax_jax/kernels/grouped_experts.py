@@ -10,22 +10,12 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
-from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
-from dmax_jax.kernels.int8_tiles import load_scale, multiply, scaled, values_of
+from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices
+from dmax_jax.kernels.grouped_products import tile_hidden, tile_outputs
+from dmax_jax.kernels.hopper import multiprocessors
 from dmax_jax.kernels.layers import swiglu
-from dmax_jax.kernels.streamed_experts import (
-    MAX_ROWS,
-    PARAMS,
-    WARPGROUPS,
-    Matrices,
-    expert_at,
-    expert_hidden,
-    stage_depth,
-)
 
 
 def grouped_experts(
@@ -41,10 +31,10 @@ def grouped_experts(
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
     (M, E), D = choice.weights_ME.shape, x_MD.shape[1]
     groups = group_rows(choice.weights_ME, experts_per_row, tile_rows(M * experts_per_row, E))
+    tiles = groups.ids_T, groups.upto_E
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    x_TRD = x_MD[groups.rows_TR]
-    hidden_TFR = expert_hidden(x_TRD, experts[:2], None, groups.ids_T, groups.upto_E, groups.weights_TR, **how)
-    out_TRD = tile_outputs(hidden_TFR, experts[2], groups.ids_T, groups.upto_E, **how)
+    hidden_TRF = tile_hidden(x_MD[groups.rows_TR], tuple(experts[:2]), *tiles, groups.weights_TR, **how)
+    out_TRD = tile_outputs(hidden_TRF, experts[2], *tiles, **how)
     out_MXD = out_TRD.reshape(-1, D)[groups.places_MX].astype(jnp.float32)
     out_MXD = jnp.where(groups.taken_MX[:, :, None], out_MXD, 0)
     return jnp.sum(out_MXD, axis=1).astype(x_MD.dtype) + swiglu(x_MD, *shared)
@@ -107,88 +97,3 @@ def count_above(marked_ME: jax.Array) -> jax.Array:
     sums_CE = jnp.sum(marked_CRE, axis=1, dtype=jnp.float32)
     before_CE = jnp.cumsum(sums_CE, axis=0) - sums_CE
     return (within_CRE + before_CE[:, None]).astype(jnp.int32).reshape(-1, E)[:M]
-
-
-@kernel("blocks")
-def tile_outputs(hidden_TFR, down_EDF, ids_T, upto_E, *, blocks: int, interpret=False) -> jax.Array:
-    """down hidden of every tile: [T, R, D]; what lies past the last of `upto_E` is not written.
-
-    Blocks of threads walk over (tile, 128 features) in turn.
-    """
-    (_, F, R), (E, D, _), T = hidden_TFR.shape, down_EDF.shape, len(ids_T)
-    dtype, weight_dtype, width = hidden_TFR.dtype, down_EDF.dtype, WARPGROUPS * ROWS
-    depth = stage_depth(R, F, weight_dtype)
-    steps, widths = F // depth, D // width
-    stages = stages_that_fit((width * weight_dtype.itemsize + R * dtype.itemsize) * depth, width * R * dtype.itemsize)
-
-    row_bytes = 128 if weight_dtype == jnp.int8 else R * dtype.itemsize
-
-    def body(hidden, down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
-        warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        own = pl.cdiv(upto[upto.shape[0] - 1] * widths - block, blocks)
-        stream = Stream(full, empty, stages)
-
-        def place(turn):
-            at = block + turn * blocks
-            return lax.div(at, widths), lax.rem(at, widths) * width
-
-        @pl.when(warpgroup == WARPGROUPS)
-        def _fetch():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def load(step, slot, barrier):
-                tile, first = place(lax.div(step, steps))
-                columns = pl.ds(lax.rem(step, steps) * depth, depth)
-                plgpu.copy_gmem_to_smem(hidden.at[tile, columns], hidden_s.at[slot], barrier)
-                features = values_of(down).at[expert_at(ids, tile, E), pl.ds(first, width), columns]
-                plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
-
-            stream.fill(own * steps, load)
-
-        @pl.when(warpgroup < WARPGROUPS)
-        def _multiply():
-            plgpu.set_max_registers(232, action="increase")
-            rows = pl.ds(warpgroup * ROWS, ROWS)
-
-            @pl.loop(0, own)
-            def _tile(turn):
-                tile, first = place(turn)
-
-                channels = pl.ds(first + warpgroup * ROWS, ROWS)
-                scale = load_scale(down, expert_at(ids, tile, E), None, 0.0, channels)
-
-                def products(total):
-                    @pl.loop(0, steps)
-                    def _step(step):
-                        stream.use(
-                            turn * steps + step,
-                            lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot]),
-                        )
-
-                    return total[...]
-
-                total_DR = scaled(pl.run_scoped(products, plgpu.ACC((ROWS, R), jnp.float32)), scale).astype(dtype)
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left its buffer
-                total_DR = plgpu.layout_cast(total_DR, plgpu.Layout.WGMMA_TRANSPOSED)
-                out_s.at[warpgroup].transpose((1, 0))[...] = total_DR
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[tile, :, channels])
-
-            plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((T, R, D), dtype),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            shared_tile((stages, depth, R), dtype),
-            shared_tile((stages, width, depth), weight_dtype, row_bytes=row_bytes),
-            shared_tile((WARPGROUPS, R, ROWS), dtype),
-            *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
-        ],
-        compiler_params=PARAMS,
-        interpret=interpret,
-    )(hidden_TFR, down_EDF, ids_T, upto_E)

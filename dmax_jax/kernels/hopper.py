@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a matrix product of one warpgroup; also the width of a stage in columns
@@ -42,13 +43,13 @@ def multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
-def shared_tile(shape: tuple[int, ...], dtype: jnp.dtype, *, row_bytes: int = 128):
+def shared_tile(shape: tuple[int, ...], dtype: jnp.dtype):
     """Shared memory for tiles `[..., rows, columns]` in the order that the matrix units read.
 
-    Both factors of a product must lie alike: `row_bytes` bounds how much of a row stands together.
+    Both factors of a product must lie alike, and do where their rows have 128 bytes or more.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    together = min(row_bytes, plgpu.find_swizzle(shape[-1] * itemsize * 8))
+    together = plgpu.find_swizzle(shape[-1] * itemsize * 8)
     transforms = plgpu.TilingTransform((8, together // itemsize)), plgpu.SwizzleTransform(together)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
@@ -99,6 +100,42 @@ def barriers(copies: int, warpgroups: int, stages: int):
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
+
+
+def all_at_once(blocks: int, *, interpret) -> dict:
+    """Arguments of a kernel whose blocks of threads wait for each other; their axis is "block".
+
+    On a GPU they all run if there are no more than it has room for. The interpreter runs the grid's blocks one after
+    another, and only those of a cluster together.
+    """
+    axis = "cluster" if interpret else "grid"
+    return {axis: (blocks,), f"{axis}_names": ("block",)}
+
+
+def signal(counter) -> None:
+    """Adds 1 to an int32 in global memory. Who sees that also sees what this warpgroup has written there before.
+
+    Of what it has copied there from shared memory, that holds once the copies have been waited for.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+    def add_one(_, counter):
+        utils.warpgroup_barrier()
+        utils.SemaphoreRef(utils.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    add_one(counter)
+
+
+def wait_for(counter, number) -> None:
+    """Waits until the int32 has come to `number`: this warpgroup, and copies that it starts, see what was signalled."""
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    def wait_until(_, counter, number):
+        semaphore = utils.SemaphoreRef(utils.memref_ptr(counter))
+        semaphore.wait(number.registers.item(), decrement=False, memory_scope="gpu")
+        utils.inline_ptx("fence.proxy.async;", has_side_effects=True)  # copies are of another proxy than loads
+
+    wait_until(counter, jnp.int32(number))
 
 
 def differentiated_as(plain):

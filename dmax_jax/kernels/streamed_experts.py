@@ -1,8 +1,8 @@
 """The routed experts of few rows: every expert that some row chose is read once, and multiplies all rows.
 
 For at most 128 rows the weights' way from memory takes longer than the products with all rows, so nothing is sorted or
-gathered: a row that did not choose an expert has weight 0 there. Weights are the left factor of the matrix units'
-products, in the orientation of the checkpoint, and rows the right one, so what is between the kernels is transposed.
+gathered: a row that did not choose an expert has weight 0 there. One kernel makes all of it, so that memory doesn't
+idle while some blocks of threads have finished gate and up and others haven't.
 """
 
 import math
@@ -15,23 +15,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
-from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
-from dmax_jax.kernels.int8_tiles import load_scale, multiply, scaled, values_of
-from dmax_jax.kernels.int8_weight import Int8Weight, Weight
-
-MAX_ROWS = 128
-WARPGROUPS = 2  # that multiply; one more fetches
-PARAMS = plgpu.CompilerParams(approx_math=True)
-
-Matrices = tuple[Weight, Weight, Weight]  # gate, up and down
-
-
-def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
-    """Whether dtype and sizes are those that the kernels work in."""
-    _, F, D = experts[0].shape
-    tile = WARPGROUPS * ROWS
-    alike = {matrix.dtype for matrix in experts} in ({jnp.dtype("bfloat16")}, {jnp.dtype("int8")})
-    return x_MD.dtype == jnp.bfloat16 and alike and D % tile == F % tile == 0
+from dmax_jax.kernels.expert_tiles import (
+    MAX_ROWS,
+    PARAMS,
+    WARPGROUPS,
+    WIDTH,
+    Matrices,
+    exchange,
+    exchange_bytes,
+    expert_at,
+    make_hidden,
+    products,
+    ring,
+    row_weights,
+    stage_depth,
+    suits_kernels,
+)
+from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, kernel, multiprocessors, signal, wait_for
+from dmax_jax.kernels.int8_tiles import load_scale, scaled, values_of
+from dmax_jax.kernels.int8_weight import Int8Weight
 
 
 def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
@@ -53,260 +55,179 @@ def streamed_experts(
     M = x_MD.shape[0]
     rows = max(16, 1 << (M - 1).bit_length())
     x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
-    tiles = choice.ids_E, choice.upto_E
-    how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    hidden_AFM = expert_hidden(x_MD[None], experts[:2], shared[:2], *tiles, choice.columns_EM, **how)
-    parts_PMD = expert_outputs(hidden_AFM, experts[2], shared[2], *tiles, **how)
+    inputs = x_MD, tuple(experts), tuple(shared), counters_and_ids(choice.upto_E), choice.upto_E, choice.columns_EM
+    parts_PMD = expert_sums(*inputs, blocks=blocks or multiprocessors(), interpret=interpret)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 
 
-@kernel("blocks")
-def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, interpret=False) -> jax.Array:
-    """silu(gate x) * (up x) * weight for every listed expert and its rows: [T + 1, F, M]; M is 16, 32, 64 or 128.
+def counters_and_ids(upto_E: jax.Array) -> jax.Array:
+    """The list of active experts, and before it zeros for `expert_sums` to count in.
 
-    `routed` and `shared` are gate and up. With G = 1 all experts have the same rows, the weights are `[E, >= M]`, and
-    the shared expert stands behind the listed ones. With G = T (`shared` None) the t-th listed expert, of which there
-    may be several, has the t-th rows and weights `[T, M]`. Blocks of threads walk over tiles of (expert, 64 features)
-    in turn: one warpgroup multiplies by gate, one by up. The last of `upto` is the number of listed experts.
+    Made like the list, they need no program of their own: up to the places before the first, no expert is active.
     """
-    (G, M, D), (E, F, _), T = x_GMD.shape, routed[0].shape, len(ids_T)
-    dtype, weight_dtype = x_GMD.dtype, routed[0].dtype
-    depth = stage_depth(M, D, weight_dtype)
-    tiles, steps = F // ROWS, D // depth
-    exchange_bytes = ROWS * M * (4 + dtype.itemsize)
-    stages = stages_that_fit((2 * ROWS * weight_dtype.itemsize + M * dtype.itemsize) * depth, exchange_bytes)
+    E = len(upto_E)
+    places_L = jnp.arange(-(E // 2 + 1), E)
+    return jnp.sum(upto_E[None] <= places_L[:, None], axis=1, dtype=jnp.int32)
 
-    def body(x, routed, shared, ids, upto, weights, out, x_s, gate_s, up_s, raised_s, out_s, *barriers):
-        full, empty, raised_full, raised_empty = barriers
+
+@kernel("blocks")
+def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: int, interpret=False) -> jax.Array:
+    """Sums the weighted SwiGLU outputs of the listed experts and the shared one, in P parts to be added: [P, M, D].
+
+    The parts are float32; M is 16, 32, 64 or 128, and the weights have at least M columns. First, blocks of threads
+    walk over tiles of (expert, 64 features) of gate and up, and then each one multiplies some of the experts by 128
+    features of down. The counters before the ids in `lists_L` count the tiles of every two experts that are done, which
+    down waits for. So all blocks have to run at once: there may be one per multiprocessor, and no other kernel of this
+    kind beside it. As every block makes its tiles without waiting for another, all of them are made.
+    """
+    (M, D), (E, F, _) = x_MD.shape, experts[0].shape
+    dtype, weight_dtype = x_MD.dtype, experts[0].dtype
+    depth = math.gcd(stage_depth(M, D, weight_dtype), F)
+    stages, ring_types = ring(M, depth, dtype, weight_dtype, exchange_bytes(M, dtype))
+    tiles, features = F // ROWS, D // WIDTH
+    hidden_steps, out_steps = D // depth, F // depth
+    parts = blocks // features
+    if parts == 0:
+        raise ValueError(f"{blocks=} are too few for {D=}: every {WIDTH} features need one")
+
+    def body(x, experts, shared, upto, weights, lists, out, hidden, rows_s, weights_s, full, empty, *exchanged):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        count = upto[upto.shape[0] - 1]
-        own = pl.cdiv((count + (1 if shared else 0)) * tiles - block, blocks)  # tiles of this block
+        ids = lists.at[pl.ds(lists.shape[0] - E, E)]
+        count = upto[E - 1]
+        active = count + 1  # with the shared one, which stands behind the listed ones
+        part, feature = lax.div(block, features), lax.rem(block, features)
+        turns = pl.cdiv(active * tiles - block, blocks)  # tiles of this block
+        deal = Deal(active, tiles, blocks, features, D // F, block)
+        first = turns * hidden_steps  # the step at which down begins
         stream = Stream(full, empty, stages)
 
         def place(turn):
             at = block + turn * blocks
-            return lax.div(at, tiles), lax.rem(at, tiles)
+            return lax.div(at, tiles), lax.rem(at, tiles) * ROWS
+
+        def done(listed):
+            return lists.at[lax.div(listed, 2)]
 
         @pl.when(warpgroup == WARPGROUPS)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
             def load(step, slot, barrier):
-                listed, feature = place(lax.div(step, steps))
-                expert = expert_at(ids, listed, E)
-                features = pl.ds(feature * ROWS, ROWS)
-                columns = pl.ds(lax.rem(step, steps) * depth, depth)
-                plgpu.copy_gmem_to_smem(x.at[0 if G == 1 else listed, :, columns], x_s.at[slot], barrier)
+                def fetch(matrix, half, listed, start, columns):
+                    rows, half_s = pl.ds(start, ROWS), weights_s.at[half, slot]
 
-                def fetch(matrices, *which):
-                    for matrix, matrix_s in zip(matrices, (gate_s, up_s), strict=True):
-                        columns_of = values_of(matrix).at[*which, features, columns]
-                        plgpu.copy_gmem_to_smem(columns_of, matrix_s.at[slot], barrier)
+                    @pl.when(listed < count)
+                    def _routed():
+                        own = values_of(experts[matrix]).at[expert_at(ids, listed, E), rows, columns]
+                        plgpu.copy_gmem_to_smem(own, half_s, barrier)
 
-                if not shared:
-                    fetch(routed, expert)
-                    return
+                    @pl.when(listed == count)
+                    def _shared():
+                        plgpu.copy_gmem_to_smem(values_of(shared[matrix]).at[rows, columns], half_s, barrier)
 
-                @pl.when(listed < count)
-                def _routed():
-                    fetch(routed, expert)
+                @pl.when(step < first)
+                def _gate_and_up():
+                    listed, start = place(lax.div(step, hidden_steps))
+                    columns = pl.ds(lax.rem(step, hidden_steps) * depth, depth)
+                    plgpu.copy_gmem_to_smem(x.at[:, columns], rows_s.at[slot], barrier)
+                    for half in range(WARPGROUPS):
+                        fetch(half, half, listed, start, columns)
 
-                @pl.when(listed == count)
-                def _shared():
-                    fetch(shared)
+                @pl.when(step >= first)
+                def _down():
+                    listed = deal.listed(lax.div(step - first, out_steps))
+                    out_step = lax.rem(step - first, out_steps)
+                    columns = pl.ds(out_step * depth, depth)
+                    for half in range(WARPGROUPS):
+                        fetch(2, half, listed, feature * WIDTH + half * ROWS, columns)
 
-            stream.fill(own * steps, load)
+                    @pl.when(out_step == 0)
+                    def _wait():
+                        wait_for(done(listed), jnp.minimum(active - lax.div(listed, 2) * 2, 2) * tiles)
 
-        def share_of(listed):
-            return jnp.where(listed == count, 1.0, 0.0)  # of the shared expert, whose weight is 1
+                    plgpu.copy_gmem_to_smem(hidden.at[listed, :, columns], rows_s.at[slot], barrier)
 
-        def product(turn, matrix, weights_s):
-            listed, feature = place(turn)
-            own_shared = shared and shared[matrix]
-            channels = pl.ds(feature * ROWS, ROWS)
-            scale = load_scale(routed[matrix], expert_at(ids, listed, E), own_shared, share_of(listed), channels)
-
-            def multiply_all(total):
-                @pl.loop(0, steps)
-                def _step(step):
-                    stream.use(
-                        turn * steps + step,
-                        lambda slot: multiply(total, weights_s.at[slot], x_s.at[slot].transpose((1, 0))),
-                    )
-
-                return total[...]
-
-            return scaled(pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32)), scale)
-
-        @pl.when(warpgroup == 1)
-        def _raise():
-            plgpu.set_max_registers(232, action="increase")
-
-            @pl.loop(0, own)
-            def _tile(turn):
-                raised = product(turn, 1, up_s)
-
-                @pl.when(turn > 0)
-                def _wait():
-                    plgpu.barrier_wait(raised_empty)
-
-                raised_s[...] = raised
-                plgpu.barrier_arrive(raised_full)
-
-            @pl.when(own > 0)
-            def _last():
-                plgpu.barrier_wait(raised_empty)
-
-        @pl.when(warpgroup == 0)
-        def _gate():
-            plgpu.set_max_registers(232, action="increase")
-
-            @pl.loop(0, own)
-            def _tile(turn):
-                listed, feature = place(turn)
-                row = expert_at(ids, listed, E) if G == 1 else listed
-                weight_M = plgpu.load(
-                    weights.at[row, pl.ds(0, M)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False
-                )
-                if shared:
-                    share = share_of(listed)
-                    weight_M = weight_M * (1 - share) + share
-                gated = product(turn, 0, gate_s)
-                plgpu.barrier_wait(raised_full)
-                raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
-                plgpu.barrier_arrive(raised_empty)
-                hidden = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, (ROWS, M), [1])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left its buffer
-                out_s[...] = hidden.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_s, out.at[listed, pl.ds(feature * ROWS, ROWS)])
-
-            plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct((T + 1, F, M), dtype),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        scratch_types=[
-            shared_tile((stages, M, depth), dtype),
-            shared_tile((stages, ROWS, depth), weight_dtype),
-            shared_tile((stages, ROWS, depth), weight_dtype),
-            shared_tile((ROWS, M), jnp.float32),
-            shared_tile((ROWS, M), dtype),
-            *barriers(copies=3, warpgroups=WARPGROUPS, stages=stages),
-            plgpu.Barrier(),
-            plgpu.Barrier(),
-        ],
-        compiler_params=PARAMS,
-        interpret=interpret,
-    )(x_GMD, routed, shared, ids_T, upto, weights)
-
-
-@kernel("blocks")
-def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, blocks: int, interpret=False) -> jax.Array:
-    """Sums down hidden over the listed experts and the shared one, in P parts that are left to be added: [P, M, D].
-
-    The parts are float32. A block of threads has 128 output features and every P-th expert.
-    """
-    (_, F, M), (E, D, _) = hidden_AFM.shape, down_EDF.shape
-    dtype, weight_dtype, tile = hidden_AFM.dtype, down_EDF.dtype, WARPGROUPS * ROWS
-    depth = stage_depth(M, F, weight_dtype)
-    steps, parts = F // depth, max(1, blocks // (D // tile))
-    stages = stages_that_fit((tile * weight_dtype.itemsize + M * dtype.itemsize) * depth, tile * M * 4)
-
-    def body(hidden, down, shared_down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
-        warpgroup, part = lax.axis_index("warpgroup"), lax.axis_index("part")
-        first = lax.axis_index("feature") * tile
-        count = upto[upto.shape[0] - 1]
-        own = pl.cdiv(count + 1 - part, parts)  # experts of this block
-        own_steps = own * steps
-        stream = Stream(full, empty, stages)
-
-        @pl.when(warpgroup == WARPGROUPS)
-        def _fetch():
-            plgpu.set_max_registers(40, action="decrease")
-
-            def load(step, slot, barrier):
-                listed = part + lax.div(step, steps) * parts
-                is_shared = listed == count
-                expert = expert_at(ids, listed, E)
-                columns = pl.ds(lax.rem(step, steps) * depth, depth)
-                plgpu.copy_gmem_to_smem(hidden.at[listed, columns], hidden_s.at[slot], barrier)
-
-                @pl.when(~is_shared)
-                def _routed():
-                    features = values_of(down).at[expert, pl.ds(first, tile), columns]
-                    plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
-
-                @pl.when(is_shared)
-                def _shared():
-                    features = values_of(shared_down).at[pl.ds(first, tile), columns]
-                    plgpu.copy_gmem_to_smem(features, down_s.at[slot], barrier)
-
-            stream.fill(own_steps, load)
+            stream.fill(first + deal.items * out_steps, load)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            rows = pl.ds(warpgroup * ROWS, ROWS)
+            def share_of(listed):
+                return jnp.where(listed == count, 1.0, 0.0)  # of the shared expert, whose weight is 1
 
-            def products(start, stop):
-                def multiply_all(total):
-                    @pl.loop(start, stop)
-                    def _step(step):
-                        stream.use(step, lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot]))
+            def scale_of(matrix, listed, start):
+                expert, channels = expert_at(ids, listed, E), pl.ds(start, ROWS)
+                return load_scale(experts[matrix], expert, shared[matrix], share_of(listed), channels)
 
-                    return total[...]
+            def product(turn, matrix):
+                scale = scale_of(matrix, *place(turn))
+                steps = turn * hidden_steps, (turn + 1) * hidden_steps
+                return scaled(products(stream, weights_s.at[matrix], rows_s, *steps), scale)
 
-                return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, M), jnp.float32))
+            def weights_of(turn):
+                listed, _ = place(turn)
+                share = share_of(listed)
+                return row_weights(weights.at[expert_at(ids, listed, E)], M) * (1 - share) + share
+
+            def write(turn):
+                listed, start = place(turn)
+                plgpu.copy_smem_to_gmem(exchanged[1], hidden.at[listed, :, pl.ds(start, ROWS)])
+                plgpu.wait_smem_to_gmem(0)
+                signal(done(listed))
+
+            make_hidden(turns, product, weights_of, write, *exchanged)
+            own_s, own = weights_s.at[warpgroup], pl.ds(feature * WIDTH + warpgroup * ROWS, ROWS)
 
             def add_scaled(turn, total_DM):
-                listed = part + turn * parts
-                share = jnp.where(listed == count, 1.0, 0.0)
-                channels = pl.ds(first + warpgroup * ROWS, ROWS)
-                scale = load_scale(down, expert_at(ids, listed, E), shared_down, share, channels)
-                return total_DM + scaled(products(turn * steps, (turn + 1) * steps), scale)
+                scale = scale_of(2, deal.listed(turn), feature * WIDTH + warpgroup * ROWS)
+                start = first + turn * out_steps
+                return total_DM + scaled(products(stream, own_s, rows_s, start, start + out_steps), scale)
 
-            if isinstance(down, Int8Weight):
-                nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
-                total_DM = lax.fori_loop(0, own, add_scaled, nothing_DM)
-            else:
-                total_DM = products(0, own_steps)
-            total_DM = plgpu.layout_cast(total_DM, plgpu.Layout.WGMMA_TRANSPOSED)
-            out_s.at[warpgroup].transpose((1, 0))[...] = total_DM
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[part, :, pl.ds(first + warpgroup * ROWS, ROWS)])
-            plgpu.wait_smem_to_gmem(0)
+            @pl.when(part < parts)
+            def _down():
+                if isinstance(experts[2], Int8Weight):
+                    nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
+                    total_DM = lax.fori_loop(0, deal.items, add_scaled, nothing_DM)
+                else:
+                    total_DM = products(stream, own_s, rows_s, first, first + deal.items * out_steps)
+                total_DM = plgpu.layout_cast(total_DM, plgpu.Layout.WGMMA_TRANSPOSED)
+                out.at[part, :, own].transpose((1, 0))[...] = total_DM
 
-    row_bytes = 128 if weight_dtype == jnp.int8 else M * dtype.itemsize
+    parts_type = jax.ShapeDtypeStruct((parts, M, D), jnp.float32)
+    hidden_type = jax.ShapeDtypeStruct((E + 1, M, F), dtype)
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((parts, M, D), jnp.float32),
-        grid=(D // tile, parts),
-        grid_names=("feature", "part"),
+        out_type=(parts_type, hidden_type),
+        **all_at_once(blocks, interpret=interpret),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
-        scratch_types=[
-            shared_tile((stages, depth, M), dtype),
-            shared_tile((stages, tile, depth), weight_dtype, row_bytes=row_bytes),
-            shared_tile((WARPGROUPS, M, ROWS), jnp.float32),
-            *barriers(copies=2, warpgroups=WARPGROUPS, stages=stages),
-        ],
+        scratch_types=[*ring_types, *exchange(M, dtype)],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E)
+    )(x_MD, experts, shared, upto_E, weights_EM, jax.new_ref(lists_L))[0]
 
 
-def stage_depth(rows: int, columns: int, dtype: jnp.dtype) -> int:
-    """Columns of the weights in a stage: few large copies, if the rows leave room for several stages."""
-    together = 128 // dtype.itemsize
-    return math.gcd(2 * together if rows <= 32 * dtype.itemsize else together, columns)
+class Deal:
+    """Which of the `active` experts a block of threads multiplies by its part of down, and in which order.
 
+    Blocks that had a tile less before take `extra` experts first, which are as much to read as a tile. The others are
+    dealt to all blocks of the same features in turn, in the order in which they were made.
+    """
 
-def expert_at(ids, place: jax.Array, experts: int) -> jax.Array:
-    """The expert that stands at a place of the list; any expert past its end, where the shared one is."""
-    return jnp.minimum(ids[jnp.minimum(place, ids.shape[0] - 1)], experts - 1)
+    def __init__(self, active, tiles: int, blocks: int, features: int, extra: int, block):
+        part, feature = lax.div(block, features), lax.rem(block, features)
+        self.parts, self.part = blocks // features, part
+        with_more = jnp.minimum(lax.rem(active * tiles, blocks), self.parts * features)
+        long = pl.cdiv(with_more - feature, features)  # parts of these features that have had a tile more
+        self.short = jnp.maximum(self.parts - long, 1)
+        self.place = part - long
+        self.lead = jnp.minimum((self.parts - long) * extra, active)  # dealt to the short ones
+        own_lead = jnp.where(self.place >= 0, pl.cdiv(self.lead - self.place, self.short), 0)
+        self.own_lead = jnp.maximum(own_lead, 0)
+        own_rest = jnp.maximum(pl.cdiv(active - self.lead - part, self.parts), 0)
+        self.items = jnp.where(part < self.parts, self.own_lead + own_rest, 0)
+
+    def listed(self, turn):
+        later = self.lead + (turn - self.own_lead) * self.parts + self.part
+        return jnp.where(turn < self.own_lead, turn * self.short + self.place, later)

@@ -1,5 +1,7 @@
 """Pallas's interpreter for Hopper kernels, which runs blocks, warpgroups and barriers on a CPU and looks for races."""
 
+import collections
+import threading
 from unittest import mock
 
 import jax
@@ -13,11 +15,16 @@ def interpreted(kernel, *arguments, **settings):
     """What one kernel returns; fails if two of its threads touch the same memory unordered."""
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+    from jax._src.pallas.mosaic_gpu.interpret.jaxpr_interpret import JaxprInterpreter
     from jax.experimental.pallas import mosaic_gpu
 
     interpreter.reset_gpu_interpret_mode_state()  # an earlier failure would break this run
     how = mosaic_gpu.InterpretGPUParams(detect_races=True)
-    with mock.patch.object(gpu_callbacks, "wgmma", also_from_registers(gpu_callbacks)):
+    patches = (
+        mock.patch.object(gpu_callbacks, "wgmma", also_from_registers(gpu_callbacks)),
+        mock.patch.object(JaxprInterpreter, "_interpret_inline_mgpu_p", counting(gpu_callbacks)),
+    )
+    with patches[0], patches[1]:
         out = jax.block_until_ready(kernel(*arguments, interpret=how, **settings))
     assert not interpreter.get_races().races_found
     return out
@@ -45,3 +52,49 @@ def also_from_registers(callbacks):
         return token
 
     return wgmma
+
+
+def counting(callbacks):
+    """The interpreter's part for code that Pallas doesn't know: `signal` and `wait_for`, which order what blocks do."""
+    from jax._src import callback
+
+    changed = threading.Condition()
+
+    def state():
+        """The memory of the kernel that runs now (a compiled kernel is called again), counts and clocks beside it."""
+        memory = callbacks._get_shared_memory()
+        return memory, *vars(memory).setdefault("counted", (collections.Counter(), {}))
+
+    @callbacks.fail_on_exception
+    def add_one(token, thread, *place):
+        with changed:
+            memory, counts, clocks = state()
+            clock = memory.incr_clock(thread)
+            counts[key(place)] += 1
+            clocks.setdefault(key(place), clock).update(clock)
+            changed.notify_all()
+        return token
+
+    @callbacks.fail_on_exception
+    def wait_until(token, thread, *place_and_number):
+        *place, number = place_and_number
+        with changed:
+            memory, counts, clocks = state()
+            assert changed.wait_for(lambda: counts[key(place)] >= number, timeout=60)
+            clock = clocks[key(place)].copy()
+        with memory.lock:
+            memory.clocks[thread].update(clock)
+        return token
+
+    def key(place):
+        return tuple(int(index) for array in place for index in np.ravel(array))
+
+    def interpret(self, equation, token, get_values):
+        counter, *values = get_values()  # of a wait: the number, then the place within the counters
+        if equation.params["mgpu_fn"].__name__ == "add_one":
+            run, operands = add_one, (counter, *values)
+        else:
+            run, operands = wait_until, (counter, *values[1:], values[0])
+        return callback.io_callback(run, callbacks.TOKEN_SHAPE_DTYPE, token, self.thread, *operands), []
+
+    return interpret

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels.expert_choice import listed
-from dmax_jax.kernels.grouped_experts import count_above, group_rows, grouped_experts, tile_outputs, tile_rows
+from dmax_jax.kernels.grouped_experts import count_above, group_rows, grouped_experts, tile_rows
+from dmax_jax.kernels.grouped_products import tile_hidden, tile_outputs
 from dmax_jax.kernels.int8_weight import dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
@@ -86,9 +87,18 @@ def test_tiles_have_room_for_most_experts():
 
 
 @needs_interpreter
-def test_the_second_kernel_alone_has_no_races_either():
-    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(4, F, 16)), jnp.bfloat16)
-    down = jnp.asarray(np.random.default_rng(1).normal(size=(2, D, F)), jnp.bfloat16)
-    found = interpreted(tile_outputs, hidden, down, jnp.array([0, 1, 1]), jnp.array([3]), blocks=5)
-    exact = jnp.einsum("tfr,tdf->trd", hidden[:3].astype(jnp.float32), down[jnp.array([0, 1, 1])].astype(jnp.float32))
-    np.testing.assert_allclose(found.astype(jnp.float32), exact, rtol=0.01, atol=0.1)
+def test_the_kernels_alone_have_no_races_either():
+    def draw_bf16(seed, *shape):
+        return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.bfloat16)
+
+    x, gate, up, down = draw_bf16(0, 4, 16, D), draw_bf16(1, 2, F, D), draw_bf16(2, 2, F, D), draw_bf16(3, 2, D, F)
+    weights = jnp.linspace(0.5, 2, 64, dtype=jnp.float32).reshape(4, 16)
+    ids, upto = jnp.array([0, 1, 1, 0]), jnp.array([1, 3])  # the fourth tile is none
+    hidden = interpreted(tile_hidden, x, (gate, up), ids, upto, weights, blocks=5)
+    wide, of = jnp.float32, ids[:3]
+    gated, raised = (jnp.einsum("trd,tfd->trf", x[:3].astype(wide), m[of].astype(wide)) for m in (gate, up))
+    exact = jax.nn.silu(gated) * raised * weights[:3, :, None]
+    assert np.linalg.norm(hidden[:3] - exact) < 0.004 * np.linalg.norm(exact)
+    found = interpreted(tile_outputs, hidden, down, ids, upto, blocks=5)
+    exact = jnp.einsum("trf,tdf->trd", hidden[:3].astype(wide), down[of].astype(wide))
+    assert np.linalg.norm(found[:3] - exact) < 0.004 * np.linalg.norm(exact)

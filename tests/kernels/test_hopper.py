@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.hopper import differentiated_as, is_hopper
+from dmax_jax.kernels.hopper import all_at_once, differentiated_as, is_hopper, signal, wait_for
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
 
@@ -45,6 +45,36 @@ def test_the_interpreter_sees_a_race():
     np.testing.assert_array_equal(interpreted(functools.partial(exchange, waits=True), x), x)
     with pytest.raises(AssertionError):
         interpreted(functools.partial(exchange, waits=False), x)
+
+
+def hand_over(x, *, waits: bool, interpret):
+    """Two blocks of threads: each copies what the other has written to global memory, after its signal or not."""
+
+    def body(source, counters, out, middle, shared, arrived):
+        block = lax.axis_index("block")
+        middle[block] = source[block]
+        signal(counters.at[block])
+        if waits:
+            wait_for(counters.at[1 - block], 1)
+        plgpu.copy_gmem_to_smem(middle.at[1 - block], shared, arrived)
+        plgpu.barrier_wait(arrived)
+        out[block] = shared[...]
+
+    return plgpu.kernel(
+        body,
+        out_type=[jax.ShapeDtypeStruct(x.shape, x.dtype)] * 2,
+        **all_at_once(2, interpret=interpret),
+        scratch_types=[plgpu.SMEM(x.shape[1:], x.dtype), plgpu.Barrier()],
+        interpret=interpret,
+    )(x, jax.new_ref(jnp.zeros(2, jnp.int32)))[0]
+
+
+@needs_interpreter
+def test_blocks_of_threads_hand_over_what_they_have_written():
+    x = jnp.arange(256.0).reshape(2, 128)
+    np.testing.assert_array_equal(interpreted(functools.partial(hand_over, waits=True), x), x[::-1])
+    with pytest.raises(AssertionError):
+        interpreted(functools.partial(hand_over, waits=False), x)
 
 
 def test_gradients_are_those_of_the_plain_function():

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmax_jax.kernels.expert_choice import listed
+from dmax_jax.kernels.expert_choice import list_active, listed
 from dmax_jax.kernels.int8_weight import Int8Weight, dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
-from dmax_jax.kernels.streamed_experts import can_stream, expert_hidden, streamed_experts
+from dmax_jax.kernels.streamed_experts import Deal, can_stream, counters_and_ids, streamed_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
 from tests.kernels.test_routed_experts import draw
 
@@ -66,14 +66,34 @@ def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen, eight
     assert choice.upto_E[-1] == chosen
 
 
+@pytest.mark.parametrize("active", [[], [0], [3, 4, 11], range(E)])
+def test_before_the_list_stands_a_zero_for_every_two_experts_with_the_shared_one(active):
+    ids, upto = list_active(jnp.zeros(E, bool).at[jnp.array(active, int)].set(True))
+    assert counters_and_ids(upto).tolist() == [0] * ((E + 2) // 2) + ids.tolist()
+
+
 @needs_interpreter
-def test_the_first_kernel_alone_has_no_races_either():
-    x, experts, shared, choice = inputs_of(32)
-    arguments = x[None], tuple(experts[:2]), tuple(shared[:2]), choice.ids_E, choice.upto_E, choice.columns_EM
-    hidden = interpreted(expert_hidden, *arguments, blocks=5)
-    gate, up = (np.asarray(x @ array.T, np.float32) for array in shared[:2])
-    expected = (gate / (1 + np.exp(-gate)) * up).T  # behind the listed ones
-    np.testing.assert_allclose(hidden[choice.upto_E[-1]], expected, rtol=0, atol=0.02 * np.abs(expected).max())
+def test_too_few_blocks_are_refused():
+    x, experts, shared, choice = inputs_of(4)
+    with pytest.raises(ValueError, match="blocks=1"):
+        streamed_experts(x, choice, experts, shared, blocks=1)
+
+
+@pytest.mark.parametrize("active", [1, 2, 9, 20, 41, 164, 257])
+@pytest.mark.parametrize(("blocks", "features"), [(132, 16), (128, 16), (5, 2), (2, 2), (9, 3)])
+def test_every_expert_is_dealt_to_one_block_of_each_tile_of_features(active, blocks, features):
+    tiles, extra = 8, 4
+    block_B = jnp.arange(blocks)
+    deal = Deal(jnp.int32(active), tiles, blocks, features, extra, block_B)
+    listed_AB = np.asarray(jax.vmap(deal.listed)(jnp.arange(active)))
+    dealt_AB = np.arange(active)[:, None] < np.asarray(deal.items)
+    read_B = -(-(active * tiles - np.arange(blocks)) // blocks) * extra + np.asarray(deal.items)
+    for feature in range(features):
+        parts = np.arange(feature, blocks // features * features, features)
+        assert sorted(listed_AB[:, parts][dealt_AB[:, parts]].tolist()) == list(range(active))
+        if active >= extra * len(parts):
+            assert np.ptp(read_B[parts]) <= 1  # as even as whole experts allow
+    assert not dealt_AB[:, blocks // features * features :].any()
 
 
 def test_shapes_that_the_kernels_are_not_made_for_are_refused():

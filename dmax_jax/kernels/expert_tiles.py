@@ -1,0 +1,122 @@
+"""What the kernels for experts of few rows and of many share: tiles of weights times rows, within a block of threads.
+
+Weights are the left factor of the matrix units' products, in the orientation of the checkpoint, and rows the right one,
+so the sums are transposed. One warpgroup fetches both through a ring of buffers; two multiply, each its own half of the
+weights. Rows stand in shared memory as in global memory, [rows, columns], in both of an expert's products.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dmax_jax.kernels.hopper import ROWS, Stream, barriers, shared_tile, stages_that_fit
+from dmax_jax.kernels.int8_tiles import multiply
+from dmax_jax.kernels.int8_weight import Weight
+
+MAX_ROWS = 128
+WARPGROUPS = 2  # that multiply; one more fetches
+WIDTH = WARPGROUPS * ROWS  # rows of the weights in a stage
+PARAMS = plgpu.CompilerParams(approx_math=True)
+
+Matrices = tuple[Weight, Weight, Weight]  # gate, up and down
+
+
+def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
+    """Whether dtype and sizes are those that the kernels work in."""
+    _, F, D = experts[0].shape
+    alike = {matrix.dtype for matrix in experts} in ({jnp.dtype("bfloat16")}, {jnp.dtype("int8")})
+    return x_MD.dtype == jnp.bfloat16 and alike and D % WIDTH == F % WIDTH == 0
+
+
+def stage_depth(rows: int, columns: int, dtype: jnp.dtype) -> int:
+    """Columns of the weights in a stage: few large copies, if the rows leave room for several stages."""
+    together = 128 // dtype.itemsize
+    return math.gcd(2 * together if rows <= 32 * dtype.itemsize else together, columns)
+
+
+def ring(rows: int, depth: int, row_dtype, weight_dtype, other_bytes: int) -> tuple[int, list]:
+    """How many stages fit beside `other_bytes`, and the scratch of a ring: rows, weights by half, barriers."""
+    row_bytes, weight_bytes = (jnp.dtype(dtype).itemsize for dtype in (row_dtype, weight_dtype))
+    stages = stages_that_fit((rows * row_bytes + WIDTH * weight_bytes) * depth, other_bytes)
+    rows_s = shared_tile((stages, rows, depth), row_dtype)
+    weights_s = shared_tile((WARPGROUPS, stages, ROWS, depth), weight_dtype)
+    return stages, [rows_s, weights_s, *barriers(copies=1 + WARPGROUPS, warpgroups=WARPGROUPS, stages=stages)]
+
+
+def expert_at(ids, place: jax.Array, experts: int) -> jax.Array:
+    """The expert that stands at a place of the list; any expert past its end, where the shared one is."""
+    return jnp.minimum(ids[jnp.minimum(place, ids.shape[0] - 1)], experts - 1)
+
+
+def products(stream: Stream, weights_s, rows_s, start, stop) -> jax.Array:
+    """Sums weights times rows over the stages of some steps: [64, M] float32, by one warpgroup."""
+
+    def multiply_all(total):
+        @pl.loop(start, stop)
+        def _step(step):
+            stream.use(step, lambda slot: multiply(total, weights_s.at[slot], rows_s.at[slot].transpose((1, 0))))
+
+        return total[...]
+
+    return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, rows_s.shape[1]), jnp.float32))
+
+
+def exchange_bytes(rows: int, dtype) -> int:
+    return ROWS * rows * (4 + jnp.dtype(dtype).itemsize)
+
+
+def exchange(rows: int, dtype) -> list:
+    """The scratch of `make_hidden`."""
+    return [shared_tile((ROWS, rows), jnp.float32), shared_tile((rows, ROWS), dtype), plgpu.Barrier(), plgpu.Barrier()]
+
+
+def make_hidden(turns, product, weights_of, write, raised_s, hidden_s, raised_full, raised_empty) -> None:
+    """silu(gate x) * (up x) * weight for the tiles of 64 features of this block of threads, by two warpgroups.
+
+    `product(turn, matrix)` is a tile's product with gate (0) or up (1), which the second warpgroup hands to the first;
+    `weights_of(turn)` are the rows' weights, and `write(turn)` copies what then stands in `hidden_s`.
+    """
+
+    @pl.when(lax.axis_index("warpgroup") == 1)
+    def _raise():
+        @pl.loop(0, turns)
+        def _tile(turn):
+            raised = product(turn, 1)
+
+            @pl.when(turn > 0)
+            def _wait():
+                plgpu.barrier_wait(raised_empty)
+
+            raised_s[...] = raised
+            plgpu.barrier_arrive(raised_full)
+
+        @pl.when(turns > 0)
+        def _last():
+            plgpu.barrier_wait(raised_empty)
+
+    @pl.when(lax.axis_index("warpgroup") == 0)
+    def _gate():
+        @pl.loop(0, turns)
+        def _tile(turn):
+            weight_M = weights_of(turn)
+            gated = product(turn, 0)
+            plgpu.barrier_wait(raised_full)
+            raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
+            plgpu.barrier_arrive(raised_empty)
+            hidden_FM = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, gated.shape, [1])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left its buffer
+            hidden_FM = plgpu.layout_cast(hidden_FM.astype(hidden_s.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            hidden_s.transpose((1, 0))[...] = hidden_FM
+            plgpu.commit_smem()
+            write(turn)
+
+        plgpu.wait_smem_to_gmem(0)
+
+
+def row_weights(weights, rows: int) -> jax.Array:
+    """The first weights of `weights`, as `make_hidden` takes them."""
+    return plgpu.load(weights.at[pl.ds(0, rows)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
