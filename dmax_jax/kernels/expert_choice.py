@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper, kernel
+from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper, kernel, signal, wait_for
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
 MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every 64
@@ -17,29 +17,39 @@ MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every
 
 @struct.dataclass
 class Choice:
-    """`ids_E` lists the active experts, in which some row has a weight, in ascending order; after them any number."""
+    """What a layer's rows have chosen among its experts, and which of those are active, that is, chosen by any row.
+
+    `lists_L` begins with E zeros, for a kernel to count in, and goes on with the active experts in ascending order and
+    any numbers after them.
+    """
 
     weights_ME: jax.Array  # float32; 0 where a row does not take an expert
-    columns_EM: jax.Array  # the same, an expert's weights side by side; filled up with 0 to a multiple of 64 columns
-    ids_E: jax.Array
+    columns_EM: jax.Array  # the same, an expert's weights side by side; filled up with 0 to `filled_up(M)` columns
+    lists_L: jax.Array
     upto_E: jax.Array  # how many are active up to each one; the last says how many there are
+
+    @property
+    def ids_E(self) -> jax.Array:
+        return self.lists_L[-len(self.upto_E) :]
 
 
 def choose_experts(
-    scores_ME: jax.Array, biased_ME: jax.Array, *, groups: int, kept_groups: int, experts_per_row: int, scale: float
+    logits_ME: jax.Array, bias: jax.Array, *, groups: int, kept_groups: int, experts_per_row: int, scale: float
 ) -> Choice:
     """Every row takes the experts with the best biased scores in the groups with the best two of them.
 
-    Its weights are its scores in them, divided by their sum and times `scale`. Of equals, the lower index comes first.
+    An expert's score is the sigmoid of its logit; the bias, `[E]` or an own one for every row `[>= M, E]`, is added to
+    it. The row's weights are its scores in the experts it takes, divided by their sum and times `scale`. Of equals, the
+    lower index comes first.
     """
     settings = {"groups": groups, "kept_groups": kept_groups, "experts_per_row": experts_per_row, "scale": scale}
     plain = functools.partial(choose_by_ranks, **settings)
-    if is_hopper() and can_weigh(scores_ME.shape[1], groups):
-        return differentiated_as(plain)(functools.partial(choose_by_counting, **settings))(scores_ME, biased_ME)
-    return plain(scores_ME, biased_ME)
+    if is_hopper() and can_count(logits_ME.shape[1], groups):
+        return differentiated_as(plain)(functools.partial(choose_by_counting, **settings))(logits_ME, bias)
+    return plain(logits_ME, bias)
 
 
-def can_weigh(experts: int, groups: int) -> bool:
+def can_count(experts: int, groups: int) -> bool:
     """Whether the kernel takes these numbers: chunks of 64 experts, filled up by groups of 8, 16 or 32.
 
     With groups of 64 Mosaic's search for layouts (jax 0.11) finds none.
@@ -47,21 +57,29 @@ def can_weigh(experts: int, groups: int) -> bool:
     return experts <= MAX_EXPERTS and experts % ROWS == 0 and experts / groups in (8, 16, 32)
 
 
-def choose_by_ranks(scores_ME, biased_ME, *, groups: int, kept_groups: int, experts_per_row: int, scale: float):
+def choose_by_ranks(logits_ME, bias, *, groups: int, kept_groups: int, experts_per_row: int, scale: float) -> Choice:
     """`choose_experts` by comparing all pairs."""
-    M, E = scores_ME.shape
+    M, E = logits_ME.shape
+    scores_ME = jax.nn.sigmoid(logits_ME)
+    biased_ME = scores_ME + (bias[None] if bias.ndim == 1 else bias[:M])
     biased_MGN = biased_ME.reshape(M, groups, E // groups)
     kept_MG = ranks(largest_pair_sum(biased_MGN)) < kept_groups
     reachable_ME = jnp.where(kept_MG[:, :, None], biased_MGN, -jnp.inf).reshape(M, E)
     chosen_ME = jnp.where(ranks(reachable_ME) < experts_per_row, scores_ME, 0)
-    weights_ME = chosen_ME / (chosen_ME.sum(-1, keepdims=True) + 1e-20) * scale
-    return listed(weights_ME)
+    return listed(chosen_ME / (chosen_ME.sum(-1, keepdims=True) + 1e-20) * scale)
 
 
 def listed(weights_ME: jax.Array) -> Choice:
     """The choice that rows with these weights have made."""
-    columns_EM = jnp.pad(weights_ME.T, ((0, 0), (0, -len(weights_ME) % ROWS)))
-    return Choice(weights_ME, columns_EM, *list_active(jnp.any(weights_ME > 0, axis=0)))
+    M, E = weights_ME.shape
+    columns_EM = jnp.pad(weights_ME.T, ((0, 0), (0, filled_up(M) - M)))
+    ids_E, upto_E = list_active(jnp.any(weights_ME > 0, axis=0))
+    return Choice(weights_ME, columns_EM, jnp.concatenate([jnp.zeros(E, jnp.int32), ids_E]), upto_E)
+
+
+def filled_up(rows: int) -> int:
+    """Rows of the kernels that work on as many: a power of two from 16 on, or a multiple of 64."""
+    return max(16, 1 << (rows - 1).bit_length()) if rows <= ROWS else rows + -rows % ROWS
 
 
 def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -75,21 +93,18 @@ def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sum(upto_E[None, :] <= order_E[:, None], axis=1, dtype=jnp.int32), upto_E
 
 
-def choose_by_counting(scores_ME: jax.Array, biased_ME: jax.Array, **settings) -> Choice:
-    """`choose_experts` by the kernel."""
-    return listed(weigh_in_registers(scores_ME, biased_ME, **settings))
-
-
 @kernel("groups", "kept_groups", "experts_per_row", "scale")
-def weigh_in_registers(
-    scores_ME, biased_ME, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False
-) -> jax.Array:
-    """The weights of `choose_experts` in one kernel: a block of threads per row compares all pairs of experts.
+def choose_by_counting(
+    logits_ME, bias, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False
+) -> Choice:
+    """`choose_experts` in one kernel: a block of threads per row compares all pairs of experts.
 
     One warpgroup finds the groups that are kept. Meanwhile each of the others compares a chunk of 64 experts, its rows,
     with each other, and after that with the experts of the kept groups outside, its columns, counting who is ahead.
+    The last block of threads waits for all others, which wait for none, and lists the active experts.
     """
-    M, E = scores_ME.shape
+    M, E = logits_ME.shape
+    columns = filled_up(M)  # as many blocks of threads, of which those past the last row have nothing but zeros
     N, together, chunks = E // groups, ROWS * groups // E, E // ROWS  # a chunk is `together` groups of N experts
     padded = groups + -groups % 8  # as many columns as the layout wants
     layout = plgpu.Layout.WGMMA
@@ -119,7 +134,7 @@ def weigh_in_registers(
         return more_CN + (ones(other_CN >= own_CN) - more_CN) * lower_CN
 
     def keep_groups(biased, biased_s, pairs_s, kept_s):
-        values = [load(biased.at[pl.ds(group * N, N)], by_column) for group in range(groups)]
+        values = [biased(pl.ds(group * N, N), by_column) for group in range(groups)]
         for group, values_N in enumerate(values):
             biased_s[group] = values_N
         plgpu.commit_smem()
@@ -134,20 +149,26 @@ def weigh_in_registers(
         rank_G = jnp.sum(jnp.where(iota(padded, 1) < groups, ahead_GG, 0.0), axis=1)
         kept_s[...] = ones(rank_G < kept_groups)
 
-    def body(scores, biased, weights, biased_s, pairs_s, kept_s, chosen_s, totals_s, kept, chosen):
-        row, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
+    def body(
+        logits, bias, counter, weights, weight_columns, lists, upto,
+        biased_s, pairs_s, kept_s, chosen_s, totals_s, upto_s, kept, chosen, summed,
+    ):  # fmt: skip
+        block, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
+        row = jnp.minimum(block, M - 1)
+        own = pl.ds(warpgroup * ROWS, ROWS)
 
-        @pl.when(warpgroup == chunks)
-        def _groups():
-            keep_groups(biased.at[row], biased_s, pairs_s, kept_s)
-            plgpu.barrier_arrive(kept)
+        def score(places, spread):
+            return 1 / (1 + jnp.exp(-load(logits.at[row, places], spread)))
 
-        @pl.when(warpgroup < chunks)
-        def _experts():
-            first, own = warpgroup * together, pl.ds(warpgroup * ROWS, ROWS)
-            score_C, own_C = load(scores.at[row, own], by_row), load(biased.at[row, own], by_row)
+        def biased(places, spread):
+            return score(places, spread) + load((bias.at[row] if len(bias.shape) == 2 else bias).at[places], spread)
+
+        def weigh():
+            """The row's weights in the chunk."""
+            first = warpgroup * together
+            score_C, own_C = score(own, by_row), biased(own, by_row)
             own_CN = over_columns(own_C)
-            others = [load(biased.at[row, pl.ds((first + number) * N, N)], by_column) for number in range(together)]
+            others = [biased(pl.ds((first + number) * N, N), by_column) for number in range(together)]
             # Summed here already, the comparisons can't be put off until the groups are known.
             inside = [jnp.sum(ahead(own_C, other_N, at * N), axis=1) for at, other_N in enumerate(others)]
             plgpu.barrier_wait(kept)
@@ -178,12 +199,72 @@ def weigh_in_registers(
             plgpu.barrier_arrive(chosen)
             plgpu.barrier_wait(chosen)
             total = sum(totals_s[chunk, 0] for chunk in range(chunks))
-            weights[row, own] = chosen_C / (total + 1e-20) * scale
+            return chosen_C / (total + 1e-20) * scale
 
-    return plgpu.kernel(
+        def list_chunk():
+            """Counts the active experts up to each one of the chunk, and finds those at the chunk's places."""
+            width = min(columns, ROWS)
+
+            def most(number, most_C):
+                return jnp.maximum(
+                    most_C, jnp.max(load(weight_columns.at[own, pl.ds(number * width, width)], layout), 1)
+                )
+
+            none_C = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
+            chosen_s[own] = ones(lax.fori_loop(0, columns // width, most, none_C) > 0)
+            plgpu.barrier_arrive(chosen)
+            plgpu.barrier_wait(chosen)
+
+            def count(values_s, is_counted):
+                """For each of 64 places, how many of all E values are counted."""
+                counts_C = 0.0
+                for chunk in range(chunks):
+                    values_CC = over_rows(load(values_s.at[pl.ds(chunk * ROWS, ROWS)], by_column))
+                    later = (chunk - warpgroup) * ROWS
+                    counts_C += jnp.sum(is_counted(values_CC, iota(ROWS, 1) + later), axis=1)
+                return counts_C
+
+            upto_C = count(chosen_s, lambda active_CC, at_CC: jnp.where(at_CC <= iota(ROWS, 0), active_CC, 0.0))
+            upto_s[own] = upto_C
+            upto[own] = upto_C.astype(jnp.int32)
+            plgpu.barrier_arrive(summed)
+            plgpu.barrier_wait(summed)
+            place_CC = (iota(ROWS, 0) + warpgroup * ROWS).astype(jnp.float32)
+            # The a-th is the first up to which there are a + 1 active ones, so those with fewer stand before it.
+            ids_C = count(upto_s, lambda upto_CC, at_CC: ones(upto_CC <= place_CC))
+            lists[own] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.int32), by_row)
+            lists[pl.ds(E + warpgroup * ROWS, ROWS)] = ids_C.astype(jnp.int32)
+
+        @pl.when(warpgroup == chunks)
+        def _groups():
+            keep_groups(biased, biased_s, pairs_s, kept_s)
+            plgpu.barrier_arrive(kept)
+
+        @pl.when(warpgroup < chunks)
+        def _experts():
+            weights_C = weigh() * jnp.where(block < M, 1.0, 0.0)
+            weight_columns.at[own, block][...] = weights_C
+
+            @pl.when(block < M)
+            def _write():
+                weights[row, own] = weights_C
+
+            signal(counter.at[0])
+
+            @pl.when(block == columns - 1)
+            def _list():
+                wait_for(counter.at[0], columns * chunks)
+                list_chunk()
+
+    out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((M, E), jnp.float32),
-        grid=(M,),
+        out_type=[
+            jax.ShapeDtypeStruct((M, E), jnp.float32),
+            jax.ShapeDtypeStruct((E, columns), jnp.float32),
+            jax.ShapeDtypeStruct((2 * E,), jnp.int32),
+            jax.ShapeDtypeStruct((E,), jnp.int32),
+        ],
+        grid=(columns,),
         grid_names=("row",),
         num_threads=chunks + 1,
         thread_name="warpgroup",
@@ -193,10 +274,13 @@ def weigh_in_registers(
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.SMEM((E,), jnp.float32),
             plgpu.SMEM((chunks, ROWS), jnp.float32),
+            plgpu.SMEM((E,), jnp.float32),
             plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=chunks),
             plgpu.Barrier(num_arrivals=chunks),
         ],
         # Every place is written once, and read after a commit or a barrier, so none is needed around each store.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
-    )(scores_ME, biased_ME)
+    )(logits_ME, bias, jax.new_ref(jnp.zeros(1, jnp.int32)))
+    return Choice(*out)

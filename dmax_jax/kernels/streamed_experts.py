@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.expert_choice import Choice
+from dmax_jax.kernels.expert_choice import Choice, filled_up
 from dmax_jax.kernels.expert_tiles import (
     MAX_ROWS,
     PARAMS,
@@ -53,21 +53,10 @@ def streamed_experts(
 ) -> jax.Array:
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
     M = x_MD.shape[0]
-    rows = max(16, 1 << (M - 1).bit_length())
-    x_MD = jnp.pad(x_MD, ((0, rows - M), (0, 0)))
-    inputs = x_MD, tuple(experts), tuple(shared), counters_and_ids(choice.upto_E), choice.upto_E, choice.columns_EM
+    x_MD = jnp.pad(x_MD, ((0, filled_up(M) - M), (0, 0)))
+    inputs = x_MD, tuple(experts), tuple(shared), choice.lists_L, choice.upto_E, choice.columns_EM
     parts_PMD = expert_sums(*inputs, blocks=blocks or multiprocessors(), interpret=interpret)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
-
-
-def counters_and_ids(upto_E: jax.Array) -> jax.Array:
-    """The list of active experts, and before it zeros for `expert_sums` to count in.
-
-    Made like the list, they need no program of their own: up to the places before the first, no expert is active.
-    """
-    E = len(upto_E)
-    places_L = jnp.arange(-(E // 2 + 1), E)
-    return jnp.sum(upto_E[None] <= places_L[:, None], axis=1, dtype=jnp.int32)
 
 
 @kernel("blocks")

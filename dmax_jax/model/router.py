@@ -18,10 +18,9 @@ def route(x_MD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, config: Mode
     exact = {x_MD.dtype, router_ED.dtype} == {jnp.dtype(jnp.bfloat16)}
     precision = jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGHEST
     logits_ME = jnp.dot(x_MD.astype(jnp.float32), router_ED.astype(jnp.float32).T, precision=precision)
-    scores_ME = jax.nn.sigmoid(logits_ME)
     return choose_experts(
-        scores_ME,
-        scores_ME + (bias_E[None] if bias_E.ndim == 1 else bias_E[: len(x_MD)]),
+        logits_ME,
+        bias_E,
         groups=config.n_group,
         kept_groups=config.topk_group,
         experts_per_row=config.num_experts_per_tok,

@@ -13,10 +13,10 @@ SETTINGS = {"groups": 4, "kept_groups": 2, "experts_per_row": 5, "scale": 2.5}
 
 
 def draw(seed: int, rows: int, experts: int):
-    """Scores and biased scores with many ties."""
+    """Logits and biases of every row, with many ties."""
     rng = np.random.default_rng(seed)
-    scores = rng.integers(1, 9, size=(rows, experts)) / 8
-    return [jnp.asarray(array, jnp.float32) for array in (scores, scores + rng.integers(0, 3, scores.shape) / 4)]
+    logits = rng.integers(-4, 5, size=(rows, experts)) / 2
+    return [jnp.asarray(array, jnp.float32) for array in (logits, rng.integers(0, 3, logits.shape) / 4)]
 
 
 def test_active_ones_are_listed_in_order():
@@ -45,17 +45,21 @@ def with_groups(groups: int, kept_groups: int, experts_per_row: int) -> dict:
         (2, 256, with_groups(32, 5, 8)),
     ],
 )
-@pytest.mark.parametrize("alike", [False, True])
-def test_the_kernel_equals_the_plain_function(rows, experts, settings, alike):
-    scores, biased = draw(rows, rows, experts)
-    if alike:  # everything is a tie
-        scores, biased = jnp.full_like(scores, 0.5), jnp.full_like(biased, -0.25)
-    found = interpreted(choose_by_counting, scores, biased, **settings)
-    expected = choose_by_ranks(scores, biased, **settings)
+@pytest.mark.parametrize("kind", ["own biases", "one bias", "alike"])
+def test_the_kernel_equals_the_plain_function(rows, experts, settings, kind):
+    logits, bias = draw(rows, rows, experts)
+    if kind == "one bias":
+        bias = bias[0]
+    elif kind == "alike":  # everything is a tie
+        logits, bias = jnp.full_like(logits, 0.5), jnp.full_like(bias[0], -0.25)
+    found = interpreted(choose_by_counting, logits, bias, **settings)
+    expected = choose_by_ranks(logits, bias, **settings)
     np.testing.assert_allclose(found.weights_ME, expected.weights_ME, rtol=1e-6)
     np.testing.assert_array_equal(found.columns_EM[:, :rows], found.weights_ME.T)
     assert (found.columns_EM[:, rows:] == 0).all()
+    assert found.columns_EM.shape == expected.columns_EM.shape
     count = int(expected.upto_E[-1])
+    assert not found.lists_L[:experts].any()
     assert found.upto_E.tolist() == expected.upto_E.tolist()
     np.testing.assert_array_equal(found.ids_E[:count], expected.ids_E[:count])
 
@@ -72,8 +76,8 @@ def test_a_hopper_gpu_runs_the_kernel_and_differentiates_the_plain_function(monk
         assert jax.tree.map(lambda leaf: leaf.shape, plain) == jax.tree.map(lambda leaf: leaf.shape, shapes)
         return plain
 
-    def loss(choose, scores, biased):
-        return jnp.sum(choose(scores, biased, **SETTINGS).weights_ME ** 2)
+    def loss(choose, logits, bias):
+        return jnp.sum(choose(logits, bias, **SETTINGS).weights_ME ** 2)
 
     plain = jax.grad(functools.partial(loss, choose_experts))(*inputs)
     monkeypatch.setattr(expert_choice, "is_hopper", lambda: True)

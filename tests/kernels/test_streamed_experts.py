@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmax_jax.kernels.expert_choice import list_active, listed
+from dmax_jax.kernels.expert_choice import listed
 from dmax_jax.kernels.int8_weight import Int8Weight, dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
-from dmax_jax.kernels.streamed_experts import Deal, can_stream, counters_and_ids, streamed_experts
+from dmax_jax.kernels.streamed_experts import Deal, can_stream, streamed_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
 from tests.kernels.test_routed_experts import draw
 
@@ -64,12 +64,6 @@ def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, amon
 def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen, eight_bits):
     choice = check(16, None if chosen == E else [5], blocks=9, chosen=chosen, eight_bits=eight_bits)
     assert choice.upto_E[-1] == chosen
-
-
-@pytest.mark.parametrize("active", [[], [0], [3, 4, 11], range(E)])
-def test_before_the_list_stands_a_zero_for_every_two_experts_with_the_shared_one(active):
-    ids, upto = list_active(jnp.zeros(E, bool).at[jnp.array(active, int)].set(True))
-    assert counters_and_ids(upto).tolist() == [0] * ((E + 2) // 2) + ids.tolist()
 
 
 @needs_interpreter
