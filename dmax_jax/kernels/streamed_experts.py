@@ -66,8 +66,8 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
     The parts are float32; M is 16, 32, 64 or 128, and the weights have at least M columns. First, blocks of threads
     walk over tiles of (expert, 64 features) of gate and up, and then each one multiplies some of the experts by 128
     features of down. The counters before the ids in `lists_L` count the tiles of every two experts that are done, which
-    down waits for. So all blocks have to run at once: there may be one per multiprocessor, and no other kernel of this
-    kind beside it. As every block makes its tiles without waiting for another, all of them are made.
+    down waits for. So all blocks have to run at once: at most one per multiprocessor, no other such kernel beside it,
+    no vmap. As every block makes its tiles before it waits for another's, all of them are made.
     """
     (M, D), (E, F, _) = x_MD.shape, experts[0].shape
     dtype, weight_dtype = x_MD.dtype, experts[0].dtype
@@ -198,10 +198,10 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
 
 
 class Deal:
-    """Which of the `active` experts a block of threads multiplies by its part of down, and in which order.
+    """Which of the `active` experts a block of threads multiplies by its features of down, and in which order.
 
-    Blocks that had a tile less before take `extra` experts first, which are as much to read as a tile. The others are
-    dealt to all blocks of the same features in turn, in the order in which they were made.
+    Blocks that had a tile less of gate and up take `extra` experts first, for which they read as much as for a tile.
+    The others are dealt to all blocks of the same features in turn, in the order in which they were made.
     """
 
     def __init__(self, active, tiles: int, blocks: int, features: int, extra: int, block):
@@ -212,9 +212,8 @@ class Deal:
         self.short = jnp.maximum(self.parts - long, 1)
         self.place = part - long
         self.lead = jnp.minimum((self.parts - long) * extra, active)  # dealt to the short ones
-        own_lead = jnp.where(self.place >= 0, pl.cdiv(self.lead - self.place, self.short), 0)
-        self.own_lead = jnp.maximum(own_lead, 0)
-        own_rest = jnp.maximum(pl.cdiv(active - self.lead - part, self.parts), 0)
+        self.own_lead = jnp.where(self.place >= 0, pl.cdiv(self.lead - self.place, self.short), 0)
+        own_rest = pl.cdiv(active - self.lead - part, self.parts)
         self.items = jnp.where(part < self.parts, self.own_lead + own_rest, 0)
 
     def listed(self, turn):
