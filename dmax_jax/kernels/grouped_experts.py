@@ -162,7 +162,7 @@ def tile_outputs(hidden_TFR, down_EDF, ids_T, upto_E, *, blocks: int, interpret=
                     def _step(step):
                         stream.use(
                             turn * steps + step,
-                            lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot]),
+                            lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot], interpret=interpret),
                         )
 
                     return total[...]

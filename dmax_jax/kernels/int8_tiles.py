@@ -4,10 +4,16 @@ The matrix units multiply bfloat16 by bfloat16, so int8 weights become bfloat16,
 from shared memory to them. The scales multiply sums and not weights.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith
 
 from dmax_jax.kernels.int8_weight import Int8Weight
 
@@ -15,7 +21,7 @@ TOGETHER = 128  # columns that stand together in shared memory
 CHUNK = 64  # columns that are converted at once
 
 
-def multiply(total, weights_s, rows_s) -> None:
+def multiply(total, weights_s, rows_s, *, interpret: Any) -> None:
     """Starts total += weights rows for a stage in shared memory, `[64, K]` and `[K, M]`, by one warpgroup.
 
     While the matrix units multiply a chunk of int8 weights, the next one is converted: at most two are in registers.
@@ -26,10 +32,46 @@ def multiply(total, weights_s, rows_s) -> None:
     for first in range(0, weights_s.shape[1], TOGETHER):
         weights = plgpu.load(weights_s.at[:, pl.ds(first, TOGETHER)], layout=plgpu.Layout.WGMMA, optimized=False)
         for start in range(0, TOGETHER, CHUNK):
-            chunk = lax.slice(weights, (0, start), (weights.shape[0], start + CHUNK)).astype(rows_s.dtype)
+            chunk = lax.slice(weights, (0, start), (weights.shape[0], start + CHUNK))
+            chunk = chunk.astype(rows_s.dtype) if interpret else to_bfloat16(chunk)
             plgpu.wgmma(total, chunk, rows_s.at[pl.ds(first + start, CHUNK)])
             plgpu.wgmma_wait(1)
     plgpu.commit_smem()  # what was read here may be overwritten by copies
+
+
+def to_bfloat16(values):
+    """`astype`, in half the instructions: the interpreter, which knows no inline code, calls that.
+
+    The compiler's own conversion takes two more per pair of values, and the matrix units wait for it.
+    """
+    layout = plgpu.Layout.WGMMA
+    out = plgpu.ShapeDtypeStruct(values.shape, jnp.bfloat16, layout=layout)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=out)
+    def convert(_, values):
+        registers = np.empty_like(values.registers)
+        for place, pair in np.ndenumerate(values.registers):
+            registers[place] = int8_pair_to_bfloat16(pair)
+        return mgpu.FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
+
+    return convert(values)
+
+
+def int8_pair_to_bfloat16(pair: ir.Value) -> ir.Value:
+    """Two values in four instructions.
+
+    A byte b below 0x4300, which is 128, is 128 + b while b < 128. The top bit would be the exponent's lowest: without
+    it the number is 128 + (b & 127), and alone it makes 256 of 128; the difference of the two is b with its sign.
+    """
+    word = ir.IntegerType.get_signless(32)
+    pair_of_bfloat16 = ir.VectorType.get((2,), ir.BF16Type.get())
+    pair = arith.extui(word, mgpu.utils.bitcast(pair, ir.IntegerType.get_signless(16)))
+    spread = mgpu.utils.prmt(mgpu.c(0x43434343, word), pair, mgpu.c(0x0504, word))
+    below, sign = (
+        mgpu.utils.bitcast(arith.andi(spread, mgpu.c(mask, word)), pair_of_bfloat16)
+        for mask in (0xFF7FFF7F, 0xFF80FF80)
+    )
+    return arith.subf(below, sign)
 
 
 def values_of(weight):

@@ -131,7 +131,9 @@ def expert_hidden(x_GMD, routed, shared, ids_T, upto, weights, *, blocks: int, i
                 def _step(step):
                     stream.use(
                         turn * steps + step,
-                        lambda slot: multiply(total, weights_s.at[slot], x_s.at[slot].transpose((1, 0))),
+                        lambda slot: multiply(
+                            total, weights_s.at[slot], x_s.at[slot].transpose((1, 0)), interpret=interpret
+                        ),
                     )
 
                 return total[...]
@@ -258,7 +260,10 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, block
                 def multiply_all(total):
                     @pl.loop(start, stop)
                     def _step(step):
-                        stream.use(step, lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot]))
+                        stream.use(
+                            step,
+                            lambda slot: multiply(total, down_s.at[slot, rows], hidden_s.at[slot], interpret=interpret),
+                        )
 
                     return total[...]
 
