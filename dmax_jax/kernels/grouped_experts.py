@@ -15,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
-from dmax_jax.kernels.int8_tiles import load_scale, multiply, scaled, values_of
 from dmax_jax.kernels.layers import swiglu
+from dmax_jax.kernels.quantised_tiles import load_scale, multiply, scaled, values_of
 from dmax_jax.kernels.streamed_experts import (
     MAX_ROWS,
     PARAMS,
@@ -121,7 +121,7 @@ def tile_outputs(hidden_TFR, down_EDF, ids_T, upto_E, *, blocks: int, interpret=
     steps, widths = F // depth, D // width
     stages = stages_that_fit((width * weight_dtype.itemsize + R * dtype.itemsize) * depth, width * R * dtype.itemsize)
 
-    row_bytes = 128 if weight_dtype == jnp.int8 else R * dtype.itemsize
+    row_bytes = 128 if weight_dtype != dtype else R * dtype.itemsize
 
     def body(hidden, down, ids, upto, out, hidden_s, down_s, out_s, full, empty):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")

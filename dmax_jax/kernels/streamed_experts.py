@@ -16,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import ROWS, Stream, barriers, kernel, multiprocessors, shared_tile, stages_that_fit
-from dmax_jax.kernels.int8_tiles import load_scale, multiply, scaled, values_of
-from dmax_jax.kernels.int8_weight import Int8Weight, Weight
+from dmax_jax.kernels.quantised_tiles import load_scale, multiply, scaled, values_of
+from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, Weight
 
 MAX_ROWS = 128
 WARPGROUPS = 2  # that multiply; one more fetches
@@ -30,7 +30,7 @@ def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
     """Whether dtype and sizes are those that the kernels work in."""
     _, F, D = experts[0].shape
     tile = WARPGROUPS * ROWS
-    alike = {matrix.dtype for matrix in experts} in ({jnp.dtype("bfloat16")}, {jnp.dtype("int8")})
+    alike = {matrix.dtype for matrix in experts} in [{dtype} for dtype in (x_MD.dtype, *KINDS.values())]
     return x_MD.dtype == jnp.bfloat16 and alike and D % tile == F % tile == 0
 
 
@@ -276,7 +276,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, block
                 scale = load_scale(down, expert_at(ids, listed, E), shared_down, share, channels)
                 return total_DM + scaled(products(turn * steps, (turn + 1) * steps), scale)
 
-            if isinstance(down, Int8Weight):
+            if isinstance(down, QuantisedWeight):
                 nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
                 total_DM = lax.fori_loop(0, own, add_scaled, nothing_DM)
             else:
@@ -287,7 +287,7 @@ def expert_outputs(hidden_AFM, down_EDF, shared_down_DF, ids_E, upto_E, *, block
             plgpu.copy_smem_to_gmem(out_s.at[warpgroup], out.at[part, :, pl.ds(first + warpgroup * ROWS, ROWS)])
             plgpu.wait_smem_to_gmem(0)
 
-    row_bytes = 128 if weight_dtype == jnp.int8 else M * dtype.itemsize
+    row_bytes = 128 if weight_dtype != dtype else M * dtype.itemsize
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((parts, M, D), jnp.float32),

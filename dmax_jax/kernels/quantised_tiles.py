@@ -1,6 +1,6 @@
 """Tiles of 8-bit weights within the kernels for Hopper GPUs: their products on the matrix units, and their scales.
 
-The matrix units multiply bfloat16 by bfloat16, so int8 weights become bfloat16, which holds them exactly, on the way
+The matrix units multiply bfloat16 by bfloat16, so 8-bit weights become bfloat16, which holds them exactly, on the way
 from shared memory to them. The scales multiply sums and not weights.
 """
 
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from dmax_jax.kernels.int8_weight import Int8Weight
+from dmax_jax.kernels.quantised_weight import QuantisedWeight
 
 TOGETHER = 128  # columns that stand together in shared memory
 CHUNK = 64  # columns that are converted at once
@@ -24,9 +24,9 @@ CHUNK = 64  # columns that are converted at once
 def multiply(total, weights_s, rows_s, *, interpret: Any) -> None:
     """Starts total += weights rows for a stage in shared memory, `[64, K]` and `[K, M]`, by one warpgroup.
 
-    While the matrix units multiply a chunk of int8 weights, the next one is converted: at most two are in registers.
+    While the matrix units multiply a chunk of 8-bit weights, the next one is converted: at most two are in registers.
     """
-    if weights_s.dtype != jnp.int8:
+    if weights_s.dtype == rows_s.dtype:
         plgpu.wgmma(total, weights_s, rows_s)
         return
     for first in range(0, weights_s.shape[1], TOGETHER):
@@ -40,10 +40,12 @@ def multiply(total, weights_s, rows_s, *, interpret: Any) -> None:
 
 
 def to_bfloat16(values):
-    """`astype`, in half the instructions: the interpreter, which knows no inline code, calls that.
+    """`astype` in two and a half instructions a value, reading it included; the kernels would wait for more.
 
-    The compiler's own conversion takes two more per pair of values, and the matrix units wait for it.
+    The compiler's own conversion of int8 takes three and a half, and that of float8_e4m3fn goes through float16 and
+    float32. The interpreter, which knows no inline code, uses those.
     """
+    of_pair = int8_to_bfloat16 if values.dtype == jnp.int8 else fp8_to_bfloat16
     layout = plgpu.Layout.WGMMA
     out = plgpu.ShapeDtypeStruct(values.shape, jnp.bfloat16, layout=layout)
 
@@ -51,32 +53,49 @@ def to_bfloat16(values):
     def convert(_, values):
         registers = np.empty_like(values.registers)
         for place, pair in np.ndenumerate(values.registers):
-            registers[place] = int8_pair_to_bfloat16(pair)
+            two_bytes = mgpu.utils.bitcast(pair, ir.IntegerType.get_signless(16))
+            registers[place] = of_pair(arith.extui(word_type(), two_bytes))
         return mgpu.FragmentedArray(_registers=registers, _layout=values.layout, _is_signed=None)
 
     return convert(values)
 
 
-def int8_pair_to_bfloat16(pair: ir.Value) -> ir.Value:
-    """Two values in four instructions.
+def int8_to_bfloat16(pair: ir.Value) -> ir.Value:
+    """The two int8 in the lower half of a word.
 
-    A byte b below 0x4300, which is 128, is 128 + b while b < 128. The top bit would be the exponent's lowest: without
-    it the number is 128 + (b & 127), and alone it makes 256 of 128; the difference of the two is b with its sign.
+    Behind the byte 0x43, seven bits b are the bfloat16 number 128 + b, and the eighth, the sign, is the lowest of the
+    exponent: alone it makes 256 of 128. The value is 128 + b less 128 or 256.
     """
-    word = ir.IntegerType.get_signless(32)
-    pair_of_bfloat16 = ir.VectorType.get((2,), ir.BF16Type.get())
-    pair = arith.extui(word, mgpu.utils.bitcast(pair, ir.IntegerType.get_signless(16)))
-    spread = mgpu.utils.prmt(mgpu.c(0x43434343, word), pair, mgpu.c(0x0504, word))
-    below, sign = (
-        mgpu.utils.bitcast(arith.andi(spread, mgpu.c(mask, word)), pair_of_bfloat16)
-        for mask in (0xFF7FFF7F, 0xFF80FF80)
-    )
-    return arith.subf(below, sign)
+    behind = mgpu.utils.prmt(word(0x43434343), pair, word(0x0504))
+    return arith.subf(*(two_bfloat16(arith.andi(behind, word(mask))) for mask in (0xFF7FFF7F, 0xFF80FF80)))
+
+
+def fp8_to_bfloat16(pair: ir.Value) -> ir.Value:
+    """The two float8_e4m3fn in the lower half of a word, which must be finite.
+
+    Exponent and mantissa are put where bfloat16 has them, whose exponent is biased by 120 more; the product with 2**120
+    also makes those below 2**-6, which have no leading one, normal numbers.
+    """
+    after_signs = mgpu.utils.prmt(pair, pair, word(0x9180))  # every byte behind eight times its highest bit
+    moved = arith.andi(arith.shli(after_signs, word(4)), word(0x87F087F0))
+    return arith.mulf(two_bfloat16(moved), two_bfloat16(word(0x7B807B80)))
+
+
+def word(value: int) -> ir.Value:
+    return mgpu.c(value, word_type())
+
+
+def word_type() -> ir.Type:
+    return ir.IntegerType.get_signless(32)
+
+
+def two_bfloat16(words: ir.Value) -> ir.Value:
+    return mgpu.utils.bitcast(words, ir.VectorType.get((2,), ir.BF16Type.get()))
 
 
 def values_of(weight):
     """What a product multiplies by, before any scale: of a matrix or the reference to one."""
-    return weight.values if isinstance(weight, Int8Weight) else weight
+    return weight.values if isinstance(weight, QuantisedWeight) else weight
 
 
 def load_scale(routed, expert, shared, share, channels):
@@ -84,7 +103,7 @@ def load_scale(routed, expert, shared, share, channels):
 
     They are the shared expert's (if there is one) where `share` is 1, else those of a routed one.
     """
-    if not isinstance(routed, Int8Weight):
+    if not isinstance(routed, QuantisedWeight):
         return None
     by_row = plgpu.Layout.WGMMA.reduce(1)
     scale = plgpu.load(routed.scale.at[expert, channels], layout=by_row, optimized=False)
