@@ -40,10 +40,10 @@ def multiply(total, weights_s, rows_s, *, interpret: Any) -> None:
 
 
 def to_bfloat16(values):
-    """`astype` in two and a half instructions a value, reading it included; the kernels would wait for more.
+    """`astype` in two and a half instructions a value, the load from shared memory included.
 
-    The compiler's own conversion of int8 takes three and a half, and that of float8_e4m3fn goes through float16 and
-    float32. The interpreter, which knows no inline code, uses those.
+    The compiler's own conversion takes three and a half for int8, and goes through float16 and float32 for
+    float8_e4m3fn. The interpreter, which knows no inline code, uses that.
     """
     of_pair = int8_to_bfloat16 if values.dtype == jnp.int8 else fp8_to_bfloat16
     layout = plgpu.Layout.WGMMA
