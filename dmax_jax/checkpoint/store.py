@@ -12,7 +12,7 @@ from dmax_jax.checkpoint.failures import naming_corrupt, naming_full_disk
 from dmax_jax.checkpoint.hf_config import write_config
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
-from dmax_jax.kernels.quantised_weight import KINDS
+from dmax_jax.kernels.quantised_weight import kind_of
 from dmax_jax.model.params import Params, param_specs
 from dmax_jax.model.quantisation import quantised_shardings, quantised_specs
 
@@ -63,7 +63,7 @@ def _restore_params(
 ) -> Params:
     directory = directory.absolute()
     saved = _saved_params(directory)
-    kind = _saved_kind(saved)
+    kind = kind_of(saved["head.values"].dtype) if "head.values" in saved else None
     specs = quantised_specs(config, kind) if kind else param_specs(config)
     _check_shapes(directory, saved, specs)
     dtype = dtype or saved["embed"].dtype
@@ -91,12 +91,6 @@ def _saved_params(directory: pathlib.Path) -> dict[str, Any]:
         if metadata is None:
             raise ValueError("its metadata can't be read")
         return _by_path(metadata.tree["params"])
-
-
-def _saved_kind(saved: dict[str, Any]) -> str | None:
-    """The kind of the weights in 8 bits, if they are."""
-    dtype = saved["head.values"].dtype if "head.values" in saved else None
-    return next((kind for kind, of_kind in KINDS.items() if of_kind == dtype), None)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

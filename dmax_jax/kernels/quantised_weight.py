@@ -23,12 +23,13 @@ class QuantisedWeight:
     def dtype(self) -> jnp.dtype:
         return self.values.dtype
 
-    @property
-    def kind(self) -> str:
-        return next(kind for kind, dtype in KINDS.items() if dtype == self.dtype)
-
 
 Weight = jax.Array | QuantisedWeight
+
+
+def kind_of(dtype: jnp.dtype) -> str | None:
+    """The kind with values of a dtype, None if there is none."""
+    return next((kind for kind, of_values in KINDS.items() if of_values == dtype), None)
 
 
 def quantise(weight: jax.Array, kind: str) -> QuantisedWeight:

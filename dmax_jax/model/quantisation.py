@@ -9,13 +9,13 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
-from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, dequantise, quantise
+from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, dequantise, kind_of, quantise
 from dmax_jax.model.params import Params, ParamSpec, param_specs
 
 
 def weights_kind(params: Params) -> str | None:
-    """ "int8" or "fp8", or None if no weights are in 8 bits."""
-    return params.head.kind if isinstance(params.head, QuantisedWeight) else None
+    """The kind of the weights in 8 bits, None if there are none."""
+    return kind_of(params.head.dtype)
 
 
 def in_kind(params: Params, config: ModelConfig, kind: str | None, *, donate: bool = False) -> Params:

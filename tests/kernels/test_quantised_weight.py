@@ -3,7 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmax_jax.kernels.quantised_weight import KINDS, dequantise, project, project_groups, project_to_float32, quantise
+from dmax_jax.kernels.quantised_weight import (
+    KINDS,
+    dequantise,
+    kind_of,
+    project,
+    project_groups,
+    project_to_float32,
+    quantise,
+)
 
 of_both_kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -27,7 +35,7 @@ def steps(kind: str, values: np.ndarray) -> np.ndarray:
 def test_rounding_moves_a_value_by_half_a_step_at_most(shape, dtype, kind):
     weight, outermost = draw(*shape).astype(dtype), {"int8": 127, "fp8": 448}[kind]
     found = quantise(weight, kind)
-    assert (found.kind, found.dtype, found.scale.dtype) == (kind, KINDS[kind], jnp.float32)
+    assert (kind_of(found.dtype), found.dtype, found.scale.dtype) == (kind, KINDS[kind], jnp.float32)
     assert (found.shape, found.scale.shape) == (shape, shape[:-1])
     largest = np.abs(np.asarray(weight, np.float64)).max(-1)
     np.testing.assert_allclose(found.scale, largest / outermost, rtol=1e-6)
