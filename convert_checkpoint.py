@@ -22,12 +22,13 @@ from absl import flags
 from dmax_jax import command
 from dmax_jax.checkpoint.directory import require_free
 from dmax_jax.checkpoint.hf_config import read_config
-from dmax_jax.checkpoint.huggingface import NO_INT8, load_params, save_params
+from dmax_jax.checkpoint.huggingface import NO_8_BITS, load_params, save_params
 from dmax_jax.checkpoint.layout import LOADERS, detect_layout
 from dmax_jax.checkpoint.store import save_model
 from dmax_jax.errors import InputError
+from dmax_jax.kernels.quantised_weight import KINDS
 from dmax_jax.model.params import Params, count_params
-from dmax_jax.model.quantisation import dequantise_params, quantise_params
+from dmax_jax.model.quantisation import in_kind
 
 FLAGS = flags.FlagValues()
 INPUT = flags.DEFINE_string("input", None, "Directory of the model, layout detected.", FLAGS, required=True)
@@ -41,8 +42,8 @@ DTYPE = flags.DEFINE_enum(
     FLAGS,
 )
 WEIGHTS = flags.DEFINE_enum(
-    "weights", None, ["bf16", "int8"], "int8: large matrices in 8 bits, a scale per output channel; for --to=orbax, to "
-    "decode. bf16: none in 8 bits. Default: as stored.", FLAGS,
+    "weights", None, ["bf16", *KINDS], "int8, fp8: large matrices in 8 bits (fp8: float8_e4m3fn), a scale per output "
+    "channel; for --to=orbax, to decode. bf16: none in 8 bits. Default: as stored.", FLAGS,
 )  # fmt: skip
 MAX_FILE_MIB = flags.DEFINE_integer("max_file_mib", 4096, "Largest safetensors file, in MiB.", 1, flag_values=FLAGS)
 MASK_ID = flags.DEFINE_integer("mask_id", None, "Mask token, if config.json has none.", flag_values=FLAGS)
@@ -57,17 +58,14 @@ def main() -> None:
     target = TO.value or ("orbax" if layout == "hf" else "hf")
     config = read_config(source, mask_token_id=MASK_ID.value, eos_token_id=EOS_ID.value)
     require_free(output)
-    if target == "hf" and WEIGHTS.value == "int8":
-        raise InputError(NO_INT8)
+    if target == "hf" and WEIGHTS.value in KINDS:
+        raise InputError(NO_8_BITS)
     print(f"reading {source} ({layout})", file=sys.stderr)
     load = functools.partial(load_params, progress=bar("parameters")) if layout == "hf" else LOADERS[layout]
     params = load(source, config, DTYPE.value)
     if DTYPE.value == "float16":
         refuse_overflow(params)
-    if WEIGHTS.value == "int8":
-        params = quantise_params(params, config, donate=True)
-    elif WEIGHTS.value == "bf16":
-        params = dequantise_params(params, params.embed.dtype)
+    params = in_kind(params, config, WEIGHTS.value, donate=True)
     print(f"writing {output} ({target})", file=sys.stderr)
     if target == "orbax":
         save_model(output, params, config, source=source)

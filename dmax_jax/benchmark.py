@@ -30,12 +30,13 @@ from dmax_jax.config import ModelConfig, load_config
 from dmax_jax.decoding_flags import WEIGHTS_HELP, WEIGHTS_KINDS, parse_mesh
 from dmax_jax.errors import InputError
 from dmax_jax.kernels.hopper import is_hopper
+from dmax_jax.kernels.quantised_weight import KINDS
 from dmax_jax.measuring.bandwidth import read_bandwidth
 from dmax_jax.measuring.decoding import DecodeProblem, compile_decoding, required_bytes, time_decoding
 from dmax_jax.measuring.plots import plot_batches
 from dmax_jax.measuring.weights import random_params, route_uniformly
 from dmax_jax.model.params import Params, count_params
-from dmax_jax.model.quantisation import is_quantised
+from dmax_jax.model.quantisation import weights_kind
 from dmax_jax.output_file import prepare_output, write_json
 from dmax_jax.sharding import Mesh, make_mesh
 from dmax_jax.study.plots import require_matplotlib
@@ -155,7 +156,7 @@ def measure(
     limit_ms = 1e3 * needed.total / loaded["bandwidth"]
     return {
         **{flag.name: flag.value for flag in (CONFIG, CHECKPOINT, DTYPE, ROUTING, MESH, SEED)},
-        "weights": "int8" if is_quantised(params) else DTYPE.value,
+        "weights": weights_kind(params) or DTYPE.value,
         **dataclasses.asdict(problem),
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.devices.size,
@@ -179,8 +180,8 @@ def load_model(mesh: Mesh) -> tuple[ModelConfig, Params]:
     config = load_config(CONFIG.value).model
     if config is None:
         raise InputError(f"--config={CONFIG.value}: the run starts from a checkpoint; give that with --checkpoint")
-    int8 = WEIGHTS.value == "int8"
-    return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh, int8=int8)
+    kind = WEIGHTS.value if WEIGHTS.value in KINDS else None
+    return config, random_params(jax.random.key(SEED.value), config, DTYPE.value, mesh, kind=kind)
 
 
 HEADING = (
@@ -202,9 +203,9 @@ def line(record: dict[str, Any]) -> str:
 def table(record: dict[str, Any]) -> str:
     """The record for a reader, one figure a line."""
     active, required = record["active_experts"], record["required_bytes"]
+    kind = f" with {record['weights']} weights" if record["weights"] in KINDS else ""
     rows = {
-        "model": f"{record['parameters']:,} parameters, {record['dtype']}"
-        f"{' with 8-bit weights' if record['weights'] == 'int8' else ''}, {record['routing']} routing",
+        "model": f"{record['parameters']:,} parameters, {record['dtype']}{kind}, {record['routing']} routing",
         "devices": f"{record['devices']} x {record['device']}, jax {record['jax']}, "
         f"{'Hopper kernels' if record['hopper_kernels'] else 'plain functions'}",
         "problem": f"{record['batch_size']} x {record['block_length']} positions per forward after "

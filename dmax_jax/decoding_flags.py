@@ -23,13 +23,14 @@ from dmax_jax.decoding.policies import (
     ThresholdPolicy,
 )
 from dmax_jax.errors import InputError
+from dmax_jax.kernels.quantised_weight import KINDS
 from dmax_jax.model.params import Params
 from dmax_jax.sharding import make_mesh
 
-WEIGHTS_KINDS = ["bf16", "int8"]
+WEIGHTS_KINDS = ["bf16", *KINDS]
 WEIGHTS_HELP = (
-    "int8: large matrices in 8 bits, a scale per output channel, rounded after loading; bf16: none in 8 bits, all in "
-    "--dtype; default: as the checkpoint has them."
+    "int8, fp8: large matrices in 8 bits (fp8: float8_e4m3fn), a scale per output channel, rounded after loading; "
+    "bf16: none in 8 bits, all in --dtype; default: as the checkpoint has them."
 )
 REPEATABLE = ("checkpoint", "method", "threshold")
 POLICIES = {"spd": SpdPolicy, "threshold": ThresholdPolicy, "hierarchical": HierarchicalPolicy, "credit": CreditPolicy}

@@ -57,18 +57,18 @@ def test_a_checkpoint_with_its_own_routing(capsys):
     assert "float32, model routing" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("source", ["config", "checkpoint"])
-def test_8_bit_weights(source, tmp_path, capsys):
+@pytest.mark.parametrize(("source", "kind"), [("config", "int8"), ("checkpoint", "fp8")])
+def test_8_bit_weights(source, kind, tmp_path, capsys):
     config, output = tmp_path / "config.py", tmp_path / "figures.json"
     config.write_text(CONFIG)
     model = {"config": f"--config={config}", "checkpoint": f"--checkpoint={GOLDEN / 'tiny' / 'checkpoint'}"}[source]
     heads = []
-    for weights in ("bf16", "int8"):
+    for weights in ("bf16", kind):
         run("decode", model, *SIZES, "--repeats=1", f"--weights={weights}", f"--output={output}")
         record = json.loads(output.read_text())
-        assert record["weights"] == ("int8" if weights == "int8" else "bfloat16")
+        assert record["weights"] == ("bfloat16" if weights == "bf16" else weights)
         heads.append(record["required_bytes"]["head"])
-        described = "bfloat16 with 8-bit weights," if weights == "int8" else "bfloat16, "
+        described = "bfloat16, " if weights == "bf16" else f"bfloat16 with {weights} weights,"
         assert described in capsys.readouterr().out
     rows = 48 if source == "config" else heads[0] / 2 / 64
     assert heads[1] == heads[0] / 2 + 4 * rows

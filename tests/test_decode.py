@@ -95,11 +95,11 @@ def test_golden_cases_in_arrays_of_their_own_size(name, number, tmp_path):
     assert_decodes_as_official(tmp_path, name, golden_cases(name)[number])
 
 
-@pytest.mark.parametrize("weights", ["int8", "bf16"])
+@pytest.mark.parametrize("weights", ["fp8", "bf16"])
 def test_8_bit_weights(weights, tmp_path):
     config, params = load_checkpoint(GOLDEN / "tiny" / "checkpoint")
-    if weights == "int8":
-        params = quantise_params(params, config)
+    if weights == "fp8":
+        params = quantise_params(params, config, weights)
     save_model(tmp_path / "stored", params, config)
     short = ["--input_ids=5,7,9", "--gen_length=8", "--block_length=8"]
     flagged = written(tmp_path, TINY, *short, f"--weights={weights}")

@@ -8,7 +8,8 @@ from dmax_jax.data.stories import story
 from dmax_jax.data.tokenizer import load_tokenizer
 from dmax_jax.decoding.batch import Answer
 from dmax_jax.evaluation import run as evaluation_run
-from dmax_jax.model.quantisation import is_quantised
+from dmax_jax.kernels.quantised_weight import KINDS
+from dmax_jax.model.quantisation import weights_kind
 from tests.conftest import GOLDEN
 from tests.evaluation.random_model import write_random_model
 
@@ -55,12 +56,13 @@ def test_a_sweep_is_the_same_as_single_runs(checkpoint, tmp_path, capsys, monkey
     assert sweep["aup"] is not None
 
 
-def test_8_bit_weights(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_8_bit_weights(kind, checkpoint, tmp_path, monkeypatch):
     loaded, load = [], evaluate.DECODING.load
     monkeypatch.setattr(evaluate.DECODING, "load", lambda: loaded.append(load()) or loaded[-1])
-    out = report(tmp_path, checkpoint, *SHORT, "--threshold=0", "--weights=int8")
-    assert is_quantised(loaded[0].params)
-    assert out["settings"]["weights"] == "int8"
+    out = report(tmp_path, checkpoint, *SHORT, "--threshold=0", f"--weights={kind}")
+    assert weights_kind(loaded[0].params) == kind
+    assert out["settings"]["weights"] == kind
     assert len(out["results"][0]["samples"]) == 3
 
 

@@ -6,6 +6,7 @@ import pytest
 from dmax_jax import command, trajectories
 from dmax_jax import generate_trajectories as generate
 from dmax_jax.data.stories import story
+from dmax_jax.kernels.quantised_weight import KINDS
 from tests.evaluation.random_model import write_random_model
 
 SHORT = ("--threshold=0", "--gen_length=8", "--block_length=8", "--batch_size=2", "--temperature=1")
@@ -102,7 +103,8 @@ def test_interrupted_refused_with_other_flags_and_resumed(arguments, ending, tmp
 
 def test_8_bit_weights_are_other_weights(arguments, ending, tmp_path, capsys):
     run(*arguments)
-    assert "weights_digest" in error_of(capsys, *arguments, "--weights=int8")
+    for kind in KINDS:
+        assert "weights_digest" in error_of(capsys, *arguments, f"--weights={kind}")
     run(*arguments, "--weights=int8", f"--output={tmp_path / 'int8.jsonl'}")
     assert (tmp_path / "int8.jsonl").read_text().count("\n") == 5
 

@@ -16,9 +16,9 @@ from dmax_jax.checkpoint.tensor_files import INDEX, SINGLE, TensorFiles
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params, ParamSpec, param_specs
-from dmax_jax.model.quantisation import is_quantised
+from dmax_jax.model.quantisation import weights_kind
 
-NO_INT8 = (
+NO_8_BITS = (
     "8-bit weights have no place in the Hugging Face layout: write Orbax's (--to=orbax), or 16 bits (--weights=bf16)"
 )
 Progress = Callable[[list], Iterable]  # such as tqdm; iter shows nothing
@@ -67,8 +67,8 @@ def save_params(
     `source` is the model's former directory, whose tokenizer files and unknown config keys are carried along. Raises
     InputError for weights in 8 bits, which the layout has no place for.
     """
-    if is_quantised(params):
-        raise InputError(NO_INT8)
+    if weights_kind(params):
+        raise InputError(NO_8_BITS)
     table, leaves = jax.tree.leaves(tensor_names(config)), jax.tree.leaves(params)
     files = _plan_files(table, leaves, max_file_bytes)
     with new_directory(directory) as output, naming_full_disk(directory):

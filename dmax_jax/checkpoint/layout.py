@@ -11,7 +11,7 @@ from dmax_jax.checkpoint.store import load_model, load_trained
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params, param_shardings
-from dmax_jax.model.quantisation import dequantise_params, quantise_params
+from dmax_jax.model.quantisation import in_kind
 from dmax_jax.sharding import DECODE, Rules
 
 LOADERS = {"hf": load_params, "orbax": load_model, "train": load_trained}
@@ -45,14 +45,10 @@ def load_checkpoint(
 
     `dtype` is that of the weights, by default the stored one; `expert_bias` is always float32. With a mesh, parameters
     are placed on it by `rules` (default: those of decoding), else on the first device. Ids replace the config's own.
-    `weights` is "int8" for 8-bit weights, "bf16" for none (all in `dtype`), None for what the checkpoint has.
+    `weights` is "int8" or "fp8" for 8-bit weights, "bf16" for none (all in `dtype`), None for what the checkpoint has.
     """
     load = LOADERS[detect_layout(directory)]
     config = read_config(directory, mask_token_id=mask_token_id, eos_token_id=eos_token_id)
     shardings = None if mesh is None else param_shardings(config, mesh, DECODE if rules is None else rules)
     params = load(directory, config, dtype, shardings=shardings)
-    if weights == "int8":
-        params = quantise_params(params, config, donate=True)
-    elif weights == "bf16":
-        params = dequantise_params(params, params.embed.dtype)
-    return config, params
+    return config, in_kind(params, config, weights, donate=True)

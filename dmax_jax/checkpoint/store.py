@@ -12,8 +12,9 @@ from dmax_jax.checkpoint.failures import naming_corrupt, naming_full_disk
 from dmax_jax.checkpoint.hf_config import write_config
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
+from dmax_jax.kernels.quantised_weight import kind_of
 from dmax_jax.model.params import Params, param_specs
-from dmax_jax.model.quantisation import int8_shardings, int8_specs
+from dmax_jax.model.quantisation import quantised_shardings, quantised_specs
 
 
 def save_model(
@@ -62,14 +63,14 @@ def _restore_params(
 ) -> Params:
     directory = directory.absolute()
     saved = _saved_params(directory)
-    in_int8 = any(name.endswith(".values") for name in saved)
-    specs = int8_specs(config) if in_int8 else param_specs(config)
+    kind = kind_of(saved["head.values"].dtype) if "head.values" in saved else None
+    specs = quantised_specs(config, kind) if kind else param_specs(config)
     _check_shapes(directory, saved, specs)
     dtype = dtype or saved["embed"].dtype
     if shardings is None:
         shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), specs)
-    elif in_int8:
-        shardings = int8_shardings(shardings, config)
+    elif kind:
+        shardings = quantised_shardings(shardings, config)
     target = {
         "params": jax.tree.map(
             lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype, sharding=sharding),

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dmax_jax.kernels.int8_weight import Weight, project
+from dmax_jax.kernels.quantised_weight import Weight, project
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

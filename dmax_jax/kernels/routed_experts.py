@@ -9,7 +9,6 @@ from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices, suits_kernels
 from dmax_jax.kernels.grouped_experts import grouped_experts
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper
-from dmax_jax.kernels.int8_weight import Int8Weight, Weight, factors, project, project_groups
 from dmax_jax.kernels.layers import swiglu
 from dmax_jax.kernels.streamed_experts import can_stream, streamed_experts
 
@@ -33,7 +32,7 @@ def routed_experts(
     if is_hopper() and suits_kernels(x_MD, experts):
         grouped = functools.partial(grouped_experts, experts_per_row=experts_per_row)
         return differentiated_as(plain)(grouped)(x_MD, choice, experts, shared)
-    if isinstance(experts[0], Int8Weight) and len(x_MD) <= MAX_ROWS:
+    if isinstance(experts[0], QuantisedWeight) and len(x_MD) <= MAX_ROWS:
         return looped_experts(x_MD, choice, experts, shared)
     return plain(x_MD, choice, experts, shared)
 
@@ -48,7 +47,7 @@ def dense_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Ma
 
     hidden_MEF = jax.nn.silu(project(x_MD, as_one(gate_EFD))) * project(x_MD, as_one(up_EFD))
     hidden_MEF = hidden_MEF.reshape(-1, E, F) * choice.weights_ME[:, :, None].astype(x_MD.dtype)
-    if not isinstance(down_EDF, Int8Weight):
+    if not isinstance(down_EDF, QuantisedWeight):
         return jnp.einsum("mef,edf->md", hidden_MEF, down_EDF) + swiglu(x_MD, *shared)
     hidden_MEF, values_EDF = factors(hidden_MEF, down_EDF)
     out_MED = jnp.einsum("mef,edf->med", hidden_MEF, values_EDF, preferred_element_type=jnp.float32)

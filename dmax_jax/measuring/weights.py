@@ -13,22 +13,24 @@ from dmax_jax.model.quantisation import quantise_weight
 from dmax_jax.sharding import DECODE, Mesh
 
 
-def random_params(key: jax.Array, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, *, int8: bool = False) -> Params:
+def random_params(
+    key: jax.Array, config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, *, kind: str | None = None
+) -> Params:
     """`init_params` on the devices of a mesh, sharded as for decoding, one parameter after the other.
 
-    With `int8` every one is quantised before the next is made.
+    With a `kind` of 8 bits every one is quantised before the next is made.
     """
     specs, tree = jax.tree.flatten(param_specs(config))
     shardings = jax.tree.leaves(param_shardings(config, mesh, DECODE))
     leaves = []
     for index, (spec, sharding) in enumerate(zip(specs, shardings, strict=True)):
         made = _make(jax.random.fold_in(key, index), spec, config.initializer_range, jnp.dtype(dtype), sharding)
-        leaves.append(quantise_weight(made, donate=True) if int8 and spec.int8 else made)
+        leaves.append(quantise_weight(made, kind, donate=True) if kind and spec.quantised else made)
     return jax.tree.unflatten(tree, leaves)
 
 
 def _make(key: jax.Array, spec: ParamSpec, deviation: float, dtype: jnp.dtype, sharding: NamedSharding) -> jax.Array:
-    return _compiled(dataclasses.replace(spec, axes=(), int8=False), deviation, dtype, sharding)(key)
+    return _compiled(dataclasses.replace(spec, axes=(), quantised=False), deviation, dtype, sharding)(key)
 
 
 @functools.cache

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
 from dmax_jax.kernels.decode_attention import decode_attention
-from dmax_jax.kernels.int8_weight import project
 from dmax_jax.kernels.layers import rms_norm, rotate
+from dmax_jax.kernels.quantised_weight import project
 from dmax_jax.model.cache import LayerKV
 from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
 from dmax_jax.model.params import Attention

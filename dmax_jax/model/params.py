@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
-from dmax_jax.kernels.int8_weight import Weight
+from dmax_jax.kernels.quantised_weight import Weight
 from dmax_jax.sharding import Rules, named_sharding
 
 
@@ -57,14 +57,14 @@ class Params:
 class ParamSpec:
     """A parameter's shape, the logical axes of its dimensions, its initial values, and its dtype if that is fixed.
 
-    `int8` says whether it is an Int8Weight in a model with 8-bit weights.
+    `quantised` says whether it is a QuantisedWeight in a model with 8-bit weights.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"  # normal | ones | zeros
     dtype: str | None = None
-    int8: bool = False
+    quantised: bool = False
 
 
 def param_specs(config: ModelConfig) -> Params:
@@ -75,13 +75,13 @@ def param_specs(config: ModelConfig) -> Params:
         return ParamSpec((width,), (axis,), init="ones")
 
     def mlp(width: int) -> Mlp:
-        up = ParamSpec((width, D), ("ffn", "embed"), int8=True)
-        return Mlp(gate=up, up=up, down=ParamSpec((D, width), ("embed", "ffn"), int8=True))
+        up = ParamSpec((width, D), ("ffn", "embed"), quantised=True)
+        return Mlp(gate=up, up=up, down=ParamSpec((D, width), ("embed", "ffn"), quantised=True))
 
     def experts() -> Mlp:
         E, F = config.num_experts, config.moe_intermediate_size
-        up = ParamSpec((E, F, D), ("experts", "expert_ffn", "embed"), int8=True)
-        return Mlp(gate=up, up=up, down=ParamSpec((E, D, F), ("experts", "embed", "expert_ffn"), int8=True))
+        up = ParamSpec((E, F, D), ("experts", "expert_ffn", "embed"), quantised=True)
+        return Mlp(gate=up, up=up, down=ParamSpec((E, D, F), ("experts", "embed", "expert_ffn"), quantised=True))
 
     def moe() -> Moe:
         return Moe(
@@ -95,8 +95,8 @@ def param_specs(config: ModelConfig) -> Params:
         return Layer(
             attention_norm=norm(D),
             attention=Attention(
-                qkv=ParamSpec((config.qkv_rows, D), ("heads", "embed"), int8=True),
-                out=ParamSpec((D, config.num_attention_heads * H), ("embed", "heads"), int8=True),
+                qkv=ParamSpec((config.qkv_rows, D), ("heads", "embed"), quantised=True),
+                out=ParamSpec((D, config.num_attention_heads * H), ("embed", "heads"), quantised=True),
                 q_norm=norm(H, None),
                 k_norm=norm(H, None),
             ),
@@ -109,7 +109,7 @@ def param_specs(config: ModelConfig) -> Params:
         embed=table,
         layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
         norm=norm(D),
-        head=dataclasses.replace(table, int8=True),
+        head=dataclasses.replace(table, quantised=True),
     )
 
 

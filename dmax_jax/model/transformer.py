@@ -8,8 +8,8 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
-from dmax_jax.kernels.int8_weight import project_to_float32
 from dmax_jax.kernels.layers import rms_norm, rotary_angles, swiglu
+from dmax_jax.kernels.quantised_weight import project_to_float32
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import Visible

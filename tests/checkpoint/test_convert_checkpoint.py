@@ -10,8 +10,11 @@ import pytest
 import convert_checkpoint
 from dmax_jax import command
 from dmax_jax.checkpoint.layout import load_checkpoint
+from dmax_jax.kernels.quantised_weight import KINDS
 from dmax_jax.model.quantisation import quantise_params
 from tests.checkpoint.test_huggingface import TINY, assert_same_tensors, read_tensors, write_tiny
+
+of_both_kinds = pytest.mark.parametrize("kind", KINDS)
 
 
 def convert(*arguments) -> None:
@@ -80,23 +83,25 @@ def truncated_file(tmp_path: pathlib.Path) -> tuple[list[str], str]:
     return [f"--input={source}", f"--output={tmp_path / 'out'}"], "model.safetensors: not a complete safetensors file"
 
 
-def test_8_bit_weights(tmp_path, capsys):
-    convert(f"--input={TINY}", f"--output={tmp_path / 'int8'}", "--weights=int8", "--dtype=bfloat16")
+@of_both_kinds
+def test_8_bit_weights(kind, tmp_path, capsys):
+    convert(f"--input={TINY}", f"--output={tmp_path / 'small'}", f"--weights={kind}", "--dtype=bfloat16")
     config, params = load_checkpoint(TINY, "bfloat16")
-    _, found = load_checkpoint(tmp_path / "int8")
-    jax.tree.map(np.testing.assert_array_equal, found, quantise_params(params, config))
+    _, found = load_checkpoint(tmp_path / "small")
+    jax.tree.map(np.testing.assert_array_equal, found, quantise_params(params, config, kind))
     assert f"{sum(leaf.nbytes for leaf in jax.tree.leaves(found)):,} bytes" in capsys.readouterr().out
 
 
-def test_8_bit_weights_become_16_bits_again_for_the_other_layout(tmp_path):
-    convert(f"--input={TINY}", f"--output={tmp_path / 'int8'}", "--weights=int8", "--dtype=bfloat16")
-    convert(f"--input={tmp_path / 'int8'}", f"--output={tmp_path / 'hf'}", "--to=hf", "--weights=bf16")
-    _, expected = load_checkpoint(tmp_path / "int8", weights="bf16")
+@of_both_kinds
+def test_8_bit_weights_become_16_bits_again_for_the_other_layout(kind, tmp_path):
+    convert(f"--input={TINY}", f"--output={tmp_path / 'small'}", f"--weights={kind}", "--dtype=bfloat16")
+    convert(f"--input={tmp_path / 'small'}", f"--output={tmp_path / 'hf'}", "--to=hf", "--weights=bf16")
+    _, expected = load_checkpoint(tmp_path / "small", weights="bf16")
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(tmp_path / "hf")[1], expected)
 
 
-def int8_to_hf(tmp_path: pathlib.Path) -> tuple[list[str], str]:
-    arguments = [f"--input={TINY}", f"--output={tmp_path / 'out'}", "--to=hf", "--weights=int8"]
+def fp8_to_hf(tmp_path: pathlib.Path) -> tuple[list[str], str]:
+    arguments = [f"--input={TINY}", f"--output={tmp_path / 'out'}", "--to=hf", "--weights=fp8"]
     return arguments, "8-bit weights have no place in the Hugging Face layout"
 
 
@@ -106,8 +111,24 @@ def stored_int8_to_hf(tmp_path: pathlib.Path) -> tuple[list[str], str]:
     return arguments, "8-bit weights have no place in the Hugging Face layout"
 
 
+def stored_int8_to_fp8(tmp_path: pathlib.Path) -> tuple[list[str], str]:
+    convert(f"--input={TINY}", f"--output={tmp_path / 'int8'}", "--weights=int8")
+    arguments = [f"--input={tmp_path / 'int8'}", f"--output={tmp_path / 'out'}", "--to=orbax", "--weights=fp8"]
+    return arguments, "the checkpoint's weights are int8, already rounded; give the model with 16 bits"
+
+
 @pytest.mark.parametrize(
-    "case", [int8_to_hf, stored_int8_to_hf, missing_input, full_output, no_output, unknown_layout, truncated_file]
+    "case",
+    [
+        fp8_to_hf,
+        stored_int8_to_hf,
+        stored_int8_to_fp8,
+        missing_input,
+        full_output,
+        no_output,
+        unknown_layout,
+        truncated_file,
+    ],
 )
 def test_errors_are_one_line_and_exit_code_2(case, tmp_path, capsys):
     arguments, message = case(tmp_path)

@@ -16,8 +16,9 @@ from dmax_jax.checkpoint.store import load_model, save_model
 from dmax_jax.checkpoint.train_checkpoints import TrainCheckpoints
 from dmax_jax.config import MeshConfig
 from dmax_jax.errors import InputError
+from dmax_jax.kernels.quantised_weight import KINDS
 from dmax_jax.model.params import Params, cast_params, param_shardings
-from dmax_jax.model.quantisation import dequantise_params, int8_shardings, quantise_params
+from dmax_jax.model.quantisation import dequantise_params, quantise_params, quantised_shardings
 from dmax_jax.sharding import DECODE, TRAIN, make_mesh
 from tests.checkpoint.test_huggingface import TINY, assert_same_tensors, read_tensors
 
@@ -159,18 +160,23 @@ def test_a_failure_that_is_no_full_disk_stays_what_it_is(tmp_path, monkeypatch):
     assert not isinstance(caught.value, InputError)
 
 
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def in_8_bits(tmp_path) -> pathlib.Path:
+def in_8_bits(tmp_path, kind) -> pathlib.Path:
     config, params = load_checkpoint(TINY, "bfloat16")
-    save_model(tmp_path / "int8", quantise_params(params, config), config)
-    return tmp_path / "int8"
+    save_model(tmp_path / kind, quantise_params(params, config, kind), config)
+    return tmp_path / kind
 
 
-def test_8_bit_weights_are_stored_as_they_are_and_found_without_being_told(in_8_bits):
+def test_8_bit_weights_are_stored_as_they_are_and_found_without_being_told(in_8_bits, kind):
     config, params = load_checkpoint(TINY, "bfloat16")
-    expected = quantise_params(params, config)
+    expected = quantise_params(params, config, kind)
     assert_identical(load_checkpoint(in_8_bits)[1], expected)
-    assert_identical(load_checkpoint(in_8_bits, weights="int8")[1], expected)
+    assert_identical(load_checkpoint(in_8_bits, weights=kind)[1], expected)
     _, wide = load_checkpoint(in_8_bits, "float32")
     assert wide.embed.dtype == jnp.float32
     assert_identical(wide.head, expected.head)
@@ -180,11 +186,11 @@ def test_8_bit_weights_are_stored_as_they_are_and_found_without_being_told(in_8_
     assert jax.tree.structure(plain) == jax.tree.structure(params)
 
 
-@pytest.mark.parametrize("layout", ["hf", "int8"])
-def test_8_bit_weights_load_onto_a_mesh(layout, in_8_bits):
+@pytest.mark.parametrize("layout", ["hf", "orbax"])
+def test_8_bit_weights_load_onto_a_mesh(layout, in_8_bits, kind):
     mesh = make_mesh(MeshConfig(data=1, expert=2, tensor=4))
-    config, params = load_checkpoint({"hf": TINY, "int8": in_8_bits}[layout], "bfloat16", mesh, weights="int8")
-    shardings = int8_shardings(param_shardings(config, mesh, DECODE), config)
+    config, params = load_checkpoint({"hf": TINY, "orbax": in_8_bits}[layout], "bfloat16", mesh, weights=kind)
+    shardings = quantised_shardings(param_shardings(config, mesh, DECODE), config)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
     assert_identical(params, load_checkpoint(in_8_bits)[1])
 

@@ -41,14 +41,15 @@ def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, am
 
 
 @needs_interpreter
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "experts", "per_row"), [(40, 12, 3), (50, 6, 3), (70, 3, 2)])  # tiles of 16, 64, 128
-def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, experts, per_row):
+def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, experts, per_row, kind):
     x, weights, routed, shared = draw(rows, rows, D, F, experts, per_row, None, shared_width=64)
     choice = listed(single(weights, jnp.float32))
     x = jnp.asarray(x, jnp.bfloat16)
     factors = [1 + np.arange(matrix.shape[1])[:, None] % 5 for matrix in routed]  # scales differ much
-    routed = [quantise(jnp.asarray(matrix * factor)) for matrix, factor in zip(routed, factors, strict=True)]
-    shared = [quantise(jnp.asarray(matrix)) for matrix in shared]
+    routed = [quantise(jnp.asarray(matrix * factor), kind) for matrix, factor in zip(routed, factors, strict=True)]
+    shared = [quantise(jnp.asarray(matrix), kind) for matrix in shared]
     found = interpreted(grouped_experts, x, choice, routed, shared, experts_per_row=per_row, blocks=5)
     wide = [[dequantise(matrix, jnp.float32) for matrix in matrices] for matrices in (routed, shared)]
     exact = ragged_experts(x.astype(jnp.float32), choice, *wide, experts_per_row=per_row)

@@ -7,7 +7,7 @@ import pytest
 
 from dmax_jax.kernels import routed_experts as module
 from dmax_jax.kernels.expert_choice import listed
-from dmax_jax.kernels.int8_weight import dequantise, quantise
+from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
 from dmax_jax.kernels.routed_experts import (
     DENSE_EXPERTS,
     dense_experts,
@@ -167,37 +167,41 @@ def by_loop(x, choice, experts, shared, *, experts_per_row):
     return looped_experts(x, choice, experts, shared)
 
 
-def run_int8(implementation, inputs, experts_per_row, dtype=jnp.float32):
+def run_quantised(implementation, inputs, experts_per_row, kind, dtype=jnp.float32):
     """What it makes of 8-bit experts, and what the dequantised ones would in float64."""
     x, weights, *matrices = inputs
     x = jnp.asarray(x, dtype)
-    quantised = jax.tree.map(lambda matrix: quantise(jnp.asarray(matrix)), matrices)
+    quantised = jax.tree.map(lambda matrix: quantise(jnp.asarray(matrix), kind), matrices)
     arguments = x, listed(jnp.asarray(weights, jnp.float32)), *quantised
     out = jax.jit(functools.partial(implementation, experts_per_row=experts_per_row))(*arguments)
-    plain = [[np.asarray(dequantise(matrix), np.float64) for matrix in kind] for kind in quantised]
+    plain = [[np.asarray(dequantise(matrix), np.float64) for matrix in group] for group in quantised]
     return out, expected(np.asarray(x, np.float64), weights, *plain, np.zeros(x.shape))[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, by_loop])
-def test_8_bit_experts(implementation, size):
-    close(*run_int8(implementation, draw(0, *size), size[-1]), 1e-5)
+def test_8_bit_experts(implementation, size, kind):
+    close(*run_quantised(implementation, draw(0, *size), size[-1], kind), 1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, by_loop])
-def test_8_bit_experts_without_rows_and_rows_without_experts(implementation):
+def test_8_bit_experts_without_rows_and_rows_without_experts(implementation, kind):
     x, weights, experts, shared = draw(2, 17, 16, 12, 8, 2, among=[1, 4, 6])
     weights[3] = 0
-    close(*run_int8(implementation, (x, weights, experts, shared), 2), 1e-5)
+    close(*run_quantised(implementation, (x, weights, experts, shared), 2, kind), 1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, by_loop])
-def test_8_bit_experts_of_bfloat16_rows(implementation):
-    out, wanted = run_int8(implementation, draw(2, 17, 16, 12, 8, 2), 2, jnp.bfloat16)
+def test_8_bit_experts_of_bfloat16_rows(implementation, kind):
+    out, wanted = run_quantised(implementation, draw(2, 17, 16, 12, 8, 2), 2, kind, jnp.bfloat16)
     assert out.dtype == jnp.bfloat16
     close(np.asarray(out, np.float64), wanted, 0.02)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("rows", "experts", "hopper", "chosen"),
     [
@@ -209,12 +213,12 @@ def test_8_bit_experts_of_bfloat16_rows(implementation):
         (129, 12, True, "grouped"),
     ],
 )
-def test_what_runs_8_bit_experts(rows, experts, hopper, chosen, monkeypatch):
+def test_what_runs_8_bit_experts(rows, experts, hopper, chosen, kind, monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda: hopper)
     for name in ("dense", "looped", "ragged", "streamed", "grouped"):
         monkeypatch.setattr(module, f"{name}_experts", lambda *inputs, name=name, **rest: name)
     monkeypatch.setattr(module, "differentiated_as", lambda plain: lambda function: function)
     x, weights, *matrices = draw(7, rows, 128, 128, experts, 2, shared_width=128)
-    quantised = [[quantise(jnp.asarray(matrix)) for matrix in kind] for kind in matrices]
+    quantised = [[quantise(jnp.asarray(matrix), kind) for matrix in group] for group in matrices]
     choice = listed(jnp.asarray(weights, jnp.float32))
     assert routed_experts(jnp.asarray(x, jnp.bfloat16), choice, *quantised, experts_per_row=2) == chosen

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels.expert_choice import listed
-from dmax_jax.kernels.int8_weight import Int8Weight, dequantise, quantise
+from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
 from dmax_jax.kernels.streamed_experts import Deal, can_stream, streamed_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
@@ -22,19 +22,19 @@ def inputs_of(rows: int, among=None, chosen=X):
     return *single((x, experts, shared), jnp.bfloat16), listed(single(weights, jnp.float32))
 
 
-def rounded(matrices):
+def rounded(matrices, kind):
     """The matrices in 8 bits with scales that differ much, and what they stand for."""
-    small = [quantise(matrix) for matrix in matrices]
+    small = [quantise(matrix, kind) for matrix in matrices]
     factors = [(1 + jnp.arange(matrix.scale.size).reshape(matrix.scale.shape) % 7) / 4 for matrix in small]
-    small = [Int8Weight(matrix.values, matrix.scale * factor) for matrix, factor in zip(small, factors, strict=True)]
+    small = [matrix.replace(scale=matrix.scale * factor) for matrix, factor in zip(small, factors, strict=True)]
     return small, [dequantise(matrix, jnp.float32) for matrix in small]
 
 
-def check(rows, among, blocks, chosen=X, eight_bits=False):
+def check(rows, among, blocks, chosen=X, kind=None):
     x, experts, shared, choice = inputs_of(rows, among, chosen)
     wide = single((x, experts, shared), jnp.float32)
-    if eight_bits:
-        (experts, wide_experts), (shared, wide_shared) = rounded(experts), rounded(shared)
+    if kind:
+        (experts, wide_experts), (shared, wide_shared) = rounded(experts, kind), rounded(shared, kind)
         wide = wide[0], wide_experts, wide_shared
     assert can_stream(x, experts, shared)
     found = interpreted(streamed_experts, x, choice, experts, shared, blocks=blocks)
@@ -52,17 +52,18 @@ def test_the_kernels_equal_the_plain_function(rows, among, blocks):
 
 
 @needs_interpreter
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [2, 5])
 @pytest.mark.parametrize(("rows", "among"), [(1, None), (32, [0, 4, 11]), (64, None), (128, None)])
-def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, among, blocks):
-    check(rows, among, blocks, eight_bits=True)
+def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, among, blocks, kind):
+    check(rows, among, blocks, kind=kind)
 
 
 @needs_interpreter
-@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("kind", [None, *KINDS])
 @pytest.mark.parametrize("chosen", [0, 1, E])
-def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen, eight_bits):
-    choice = check(16, None if chosen == E else [5], blocks=9, chosen=chosen, eight_bits=eight_bits)
+def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen, kind):
+    choice = check(16, None if chosen == E else [5], blocks=9, chosen=chosen, kind=kind)
     assert choice.upto_E[-1] == chosen
 
 
@@ -97,3 +98,7 @@ def test_shapes_that_the_kernels_are_not_made_for_are_refused():
     assert not can_stream(jnp.zeros((129, D), jnp.bfloat16), experts, shared)
     assert not can_stream(x, experts, [shared[0][:64], shared[1][:64], shared[2][:, :64]])
     assert not can_stream(x[:, :64], [array[..., :64] for array in experts], shared)
+    int8, fp8 = ([rounded(matrices, kind)[0] for matrices in (experts, shared)] for kind in KINDS)
+    assert can_stream(x, *int8)
+    assert can_stream(x, *fp8)
+    assert not can_stream(x, int8[0], fp8[1])

@@ -1,12 +1,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dmax_jax.config import MeshConfig
+from dmax_jax.kernels.quantised_weight import KINDS
 from dmax_jax.measuring.bandwidth import read_bandwidth
 from dmax_jax.measuring.weights import random_params, route_uniformly
 from dmax_jax.model.params import init_params, param_shardings
-from dmax_jax.model.quantisation import int8_shardings, quantise_params
+from dmax_jax.model.quantisation import quantise_params, quantised_shardings
 from dmax_jax.model.router import route
 from dmax_jax.sharding import DECODE, make_mesh
 from tests.models import SMALL, small_params
@@ -21,12 +23,13 @@ def test_weights_are_those_of_init_params_wherever_they_lie():
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16"), jnp.dtype("float32")}
 
 
-def test_8_bit_weights_are_those_of_init_params_rounded():
+@pytest.mark.parametrize("kind", KINDS)
+def test_8_bit_weights_are_those_of_init_params_rounded(kind):
     mesh = make_mesh(MeshConfig(data=1, tensor=2))
-    found = random_params(jax.random.key(3), SMALL, jnp.bfloat16, mesh, int8=True)
-    expected = quantise_params(random_params(jax.random.key(3), SMALL, jnp.bfloat16, mesh), SMALL)
+    found = random_params(jax.random.key(3), SMALL, jnp.bfloat16, mesh, kind=kind)
+    expected = quantise_params(random_params(jax.random.key(3), SMALL, jnp.bfloat16, mesh), SMALL, kind)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
-    shardings = int8_shardings(param_shardings(SMALL, mesh, DECODE), SMALL)
+    shardings = quantised_shardings(param_shardings(SMALL, mesh, DECODE), SMALL)
     assert jax.tree.map(lambda leaf: leaf.sharding, found) == shardings
 
 
