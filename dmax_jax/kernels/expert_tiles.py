@@ -14,8 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.hopper import ROWS, Stream, barriers, shared_tile, stages_that_fit
-from dmax_jax.kernels.int8_tiles import multiply
-from dmax_jax.kernels.int8_weight import Weight
+from dmax_jax.kernels.quantised_tiles import multiply
+from dmax_jax.kernels.quantised_weight import KINDS, Weight
 
 MAX_ROWS = 128
 WARPGROUPS = 2  # that multiply; one more fetches
@@ -28,7 +28,7 @@ Matrices = tuple[Weight, Weight, Weight]  # gate, up and down
 def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
     """Whether dtype and sizes are those that the kernels work in."""
     _, F, D = experts[0].shape
-    alike = {matrix.dtype for matrix in experts} in ({jnp.dtype("bfloat16")}, {jnp.dtype("int8")})
+    alike = {matrix.dtype for matrix in experts} in [{dtype} for dtype in (x_MD.dtype, *KINDS.values())]
     return x_MD.dtype == jnp.bfloat16 and alike and D % WIDTH == F % WIDTH == 0
 
 

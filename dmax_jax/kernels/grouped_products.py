@@ -23,7 +23,7 @@ from dmax_jax.kernels.expert_tiles import (
     stage_depth,
 )
 from dmax_jax.kernels.hopper import ROWS, Stream, kernel, shared_tile
-from dmax_jax.kernels.int8_tiles import load_scale, scaled, values_of
+from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 
 
 @kernel("blocks")

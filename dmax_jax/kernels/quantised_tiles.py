@@ -4,8 +4,6 @@ The matrix units multiply bfloat16 by bfloat16, so 8-bit weights become bfloat16
 from shared memory to them. The scales multiply sums and not weights.
 """
 
-from typing import Any
-
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -21,7 +19,7 @@ TOGETHER = 128  # columns that stand together in shared memory
 CHUNK = 64  # columns that are converted at once
 
 
-def multiply(total, weights_s, rows_s, *, interpret: Any) -> None:
+def multiply(total, weights_s, rows_s) -> None:
     """Starts total += weights rows for a stage in shared memory, `[64, K]` and `[K, M]`, by one warpgroup.
 
     While the matrix units multiply a chunk of 8-bit weights, the next one is converted: at most two are in registers.
@@ -32,8 +30,7 @@ def multiply(total, weights_s, rows_s, *, interpret: Any) -> None:
     for first in range(0, weights_s.shape[1], TOGETHER):
         weights = plgpu.load(weights_s.at[:, pl.ds(first, TOGETHER)], layout=plgpu.Layout.WGMMA, optimized=False)
         for start in range(0, TOGETHER, CHUNK):
-            chunk = lax.slice(weights, (0, start), (weights.shape[0], start + CHUNK))
-            chunk = chunk.astype(rows_s.dtype) if interpret else to_bfloat16(chunk)
+            chunk = to_bfloat16(lax.slice(weights, (0, start), (weights.shape[0], start + CHUNK)))
             plgpu.wgmma(total, chunk, rows_s.at[pl.ds(first + start, CHUNK)])
             plgpu.wgmma_wait(1)
     plgpu.commit_smem()  # what was read here may be overwritten by copies
@@ -43,7 +40,7 @@ def to_bfloat16(values):
     """`astype` in two and a half instructions a value, the load from shared memory included.
 
     The compiler's own conversion takes three and a half for int8, and goes through float16 and float32 for
-    float8_e4m3fn. The interpreter, which knows no inline code, uses that.
+    float8_e4m3fn.
     """
     of_pair = int8_to_bfloat16 if values.dtype == jnp.int8 else fp8_to_bfloat16
     layout = plgpu.Layout.WGMMA

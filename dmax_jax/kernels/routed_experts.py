@@ -10,6 +10,7 @@ from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices, suits_kernels
 from dmax_jax.kernels.grouped_experts import grouped_experts
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper
 from dmax_jax.kernels.layers import swiglu
+from dmax_jax.kernels.quantised_weight import QuantisedWeight, Weight, factors, project, project_groups
 from dmax_jax.kernels.streamed_experts import can_stream, streamed_experts
 
 # Up to this many experts it is cheapest, on a CPU and on a GPU, to let every expert see every row.

@@ -32,8 +32,8 @@ from dmax_jax.kernels.expert_tiles import (
     suits_kernels,
 )
 from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, kernel, multiprocessors, signal, wait_for
-from dmax_jax.kernels.int8_tiles import load_scale, scaled, values_of
-from dmax_jax.kernels.int8_weight import Int8Weight
+from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
+from dmax_jax.kernels.quantised_weight import QuantisedWeight
 
 
 def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
@@ -175,7 +175,7 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
 
             @pl.when(part < parts)
             def _down():
-                if isinstance(experts[2], Int8Weight):
+                if isinstance(experts[2], QuantisedWeight):
                     nothing_DM = plgpu.layout_cast(jnp.zeros((ROWS, M), jnp.float32), plgpu.Layout.WGMMA)
                     total_DM = lax.fori_loop(0, deal.items, add_scaled, nothing_DM)
                 else:

@@ -55,7 +55,7 @@ def also_from_registers(callbacks):
 
 
 def counting(callbacks):
-    """The interpreter's part for code that Pallas doesn't know: `signal` and `wait_for`, which order what blocks do."""
+    """The interpreter's part for inline code: `signal` and `wait_for`, which order what blocks do, and conversions."""
     from jax._src import callback
 
     changed = threading.Condition()
@@ -91,7 +91,10 @@ def counting(callbacks):
 
     def interpret(self, equation, token, get_values):
         counter, *values = get_values()  # of a wait: the number, then the place within the counters
-        if equation.params["mgpu_fn"].__name__ == "add_one":
+        name = equation.params["mgpu_fn"].__name__
+        if name == "convert":  # of 8-bit weights
+            return token, [counter.astype("bfloat16")]
+        if name == "add_one":
             run, operands = add_one, (counter, *values)
         else:
             run, operands = wait_until, (counter, *values[1:], values[0])

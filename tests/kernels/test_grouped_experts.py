@@ -6,7 +6,7 @@ import pytest
 from dmax_jax.kernels.expert_choice import listed
 from dmax_jax.kernels.grouped_experts import count_above, group_rows, grouped_experts, tile_rows
 from dmax_jax.kernels.grouped_products import tile_hidden, tile_outputs
-from dmax_jax.kernels.int8_weight import dequantise, quantise
+from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
 from tests.kernels.interpreter import interpreted, needs_interpreter
 from tests.kernels.test_routed_experts import draw
