@@ -52,10 +52,12 @@ def predict_tokens(logits_BWV: jax.Array, temperature: float, keys_B: jax.Array)
 
 def best_tokens(scores_BWV: jax.Array, logits_BWV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The tokens with the highest scores (lowest index on ties), and their logits: [B, W] each."""
-    best_BW1 = jnp.argmax(scores_BWV, axis=-1, keepdims=True)
-    score_BW, logit_BW = (jnp.take_along_axis(x, best_BW1, axis=-1)[:, :, 0] for x in (scores_BWV, logits_BWV))
-    token_BW = first_token(scores_BWV.shape[-1]) + best_BW1[:, :, 0].astype(jnp.int32)
-    return of_best_share(score_BW, token_BW, logit_BW)
+    best_BW = jnp.argmax(scores_BWV, axis=-1).astype(jnp.int32)
+    score_BW, logit_BW = (
+        jnp.take_along_axis(x_BWV, best_BW[:, :, None], axis=-1)[:, :, 0] for x_BWV in (scores_BWV, logits_BWV)
+    )
+    share_BW, best_BW, logit_BW = of_best_share(score_BW, best_BW, logit_BW)
+    return share_BW * scores_BWV.shape[-1] + best_BW, logit_BW
 
 
 def gumbel_noise(keys_B: jax.Array, shape: tuple[int, int, int]) -> jax.Array:

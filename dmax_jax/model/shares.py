@@ -60,13 +60,13 @@ def first_token(own_tokens: int) -> int | jax.Array:
     return 0 if shares() == 1 else lax.axis_index(AXIS) * own_tokens
 
 
-def of_best_share(score_BW: jax.Array, *values_BW: jax.Array) -> tuple[jax.Array, ...]:
-    """`values` of the device where the score is highest, position by position; of equals the first."""
+def of_best_share(score_BW: jax.Array, *values_BW: jax.Array) -> tuple[int | jax.Array, ...]:
+    """Which share has the highest score, position by position (of equals the first), and its `values`."""
     if shares() == 1:
-        return values_BW
-    score_NBW, values_NBW = lax.all_gather((score_BW, values_BW), AXIS)
-    best_1BW = jnp.argmax(score_NBW, axis=0, keepdims=True)
-    return tuple(jnp.take_along_axis(value_NBW, best_1BW, axis=0)[0] for value_NBW in values_NBW)
+        return 0, *values_BW
+    score_CBW, values_CBW = lax.all_gather((score_BW, values_BW), AXIS)  # C shares
+    best_1BW = jnp.argmax(score_CBW, axis=0, keepdims=True).astype(jnp.int32)
+    return best_1BW[0], *[jnp.take_along_axis(value_CBW, best_1BW, axis=0)[0] for value_CBW in values_CBW]
 
 
 def logsumexp_over_shares(logits_BWV: jax.Array) -> jax.Array:
