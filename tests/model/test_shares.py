@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from dmax_jax.config import MeshConfig
-from dmax_jax.decoding.block import best_tokens, predict_tokens
+from dmax_jax.decoding.block import best_tokens, enter_block, predict_tokens
+from dmax_jax.decoding.generate import fill_leftover_masks
 from dmax_jax.kernels import hopper
 from dmax_jax.kernels.expert_choice import choose_by_ranks, weigh_in_registers
 from dmax_jax.model.masks import block_causal_mask
@@ -62,6 +63,20 @@ def test_of_equal_scores_the_lowest_token_counts():
         tokens_BW, logits_BW = best(jnp.asarray(scores_BWV))
         assert tokens_BW.tolist() == [[3, 6, 0]]
         assert logits_BW.tolist() == [[2, 2, 0]]
+
+
+@pytest.mark.parametrize("mask_id", [3, 6])
+def test_masks_that_are_left_get_the_best_other_token_of_all_shares(mask_id):
+    logits_BWV = np.zeros((1, 2, 8), np.float32)
+    logits_BWV[0, :, [mask_id, 2, 7]] = [[9, 9], [1, 2], [2, 1]]  # mask, low and high token, at both positions
+    block = enter_block(jnp.full((1, 2), mask_id), lambda ids: jnp.zeros((*ids.shape, 1)), mask_id)
+
+    def fill(logits_BWV):
+        return fill_leftover_masks(block, jnp.array([True]), logits_BWV, mask_id).tokens_BW
+
+    own, whole = PartitionSpec(None, None, AXIS), PartitionSpec()
+    split = jax.shard_map(fill, mesh=mesh_of_parts(2), in_specs=own, out_specs=whole, check_vma=False)
+    assert jax.jit(split)(logits_BWV).tolist() == [[7, 2]]
 
 
 def test_kernels_run_where_a_device_works_by_itself(monkeypatch):
