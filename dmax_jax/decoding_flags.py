@@ -31,7 +31,7 @@ WEIGHTS_HELP = (
     "int8: large matrices in 8 bits, a scale per output channel, rounded after loading; bf16: none in 8 bits, all in "
     "--dtype; default: as the checkpoint has them."
 )
-MESH_HELP = "Devices that share the model, such as tensor:2; default: one. They divide its heads, widths and tokens."
+MESH_HELP = "Devices that share the model, such as tensor:2; default: one."
 REPEATABLE = ("checkpoint", "method", "threshold")
 POLICIES = {"spd": SpdPolicy, "threshold": ThresholdPolicy, "hierarchical": HierarchicalPolicy, "credit": CreditPolicy}
 

@@ -102,7 +102,7 @@ def test_golden_cases_on_several_devices(name, number, devices, tmp_path):
 
 
 def test_the_demo_on_several_devices(tmp_path):
-    question = "Tom works 6 hours at 7 dollars each. Then Tom pays 5 dollars each for 6 cards. How many dollars are left?"
+    question = "Tom works 6 hours at 7 dollars each. Then Tom pays 5 dollars each for 6 cards. How many are left?"
     flags = [f"--prompt={question}", "--gen_length=64", "--dtype=float32"]
     alone, shared = (written(tmp_path / mesh, *flags, f"--mesh={mesh}") for mesh in ("tensor:1", "tensor:4"))
     assert shared["token_ids"] == alone["token_ids"]

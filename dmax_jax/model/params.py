@@ -118,7 +118,7 @@ def count_params(config: ModelConfig) -> int:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Params:
-    """The parameter tree with a NamedSharding at every leaf; raises InputError if the mesh does not divide the model."""
+    """The parameter tree with a NamedSharding at every leaf; raises InputError if the mesh doesn't divide the model."""
     parts, queries, keys = 1, config.num_attention_heads, config.num_key_value_heads
     if rules["heads"] is not None:
         parts = mesh.shape[rules["heads"]]
