@@ -3,8 +3,9 @@
   python -m dmax_jax.evaluate --study=configs/study_small.py --workdir=runs/study
 
 Every training starts from the same base model (`demo_base`; configs/stories_base.py makes it) and takes the same steps
-at the same batch and learning rate, so that rows differ in what their labels say. Work: about 15 minutes on four H200
-with two processes on each (XLA_PYTHON_CLIENT_MEM_FRACTION=0.45), besides compilation. docs/study.md has what came out.
+at the same batch and learning rate, so that rows differ in what their labels say. Work: about 20 minutes on four H200
+with two processes on each (XLA_PYTHON_CLIENT_MEM_FRACTION=0.45), compilation included, 2026-11-22. docs/study.md has
+what came out.
 """
 
 from dmax_jax.config import DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig
@@ -204,6 +205,7 @@ def get_study() -> Study:
             batch_size=128,
             optimizer=OptimizerConfig(learning_rate=4e-4, beta2=0.98),
             log_every=50,
+            deterministic=True,
         ),
         answers=100_000,
         answers_batch=1000,

@@ -110,6 +110,10 @@ class DecodingFlags:
             "fill_leftover_masks", True, "Give masks that are left when a block ends their best token; off: as the "
             "official code.", flag_values=values,
         )  # fmt: skip
+        flags.DEFINE_bool(
+            "deterministic", False, "The same answers from every start on GPUs of a kind: products are not chosen by "
+            "timing; a batch of other prompts may still round differently.", flag_values=values,
+        )  # fmt: skip
         flags.DEFINE_string("mesh", "", MESH_HELP, flag_values=values)
         flags.DEFINE_integer("eos_id", None, "Instead of the checkpoint's own end token.", flag_values=values)
         flags.DEFINE_integer("mask_id", None, "Instead of the checkpoint's own mask token.", flag_values=values)
@@ -156,6 +160,7 @@ class DecodingFlags:
             batch_size=values.batch_size,
             seed=values.seed,
             trace=trace,
+            deterministic=values.deterministic,
         )
 
     def load(self) -> LoadedModel:
@@ -188,6 +193,7 @@ class DecodingFlags:
             "seed": values.seed,
             "dtype": values.dtype,
             "weights": values.weights,
+            "deterministic": values.deterministic,
             "mesh": values.mesh,
             "eos_id": values.eos_id,
             "mask_id": values.mask_id,

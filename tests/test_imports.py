@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = "dmax_jax"
 
-FOUNDATION = {"config", "errors"}
+FOUNDATION = {"config", "errors", "determinism"}
 MODEL = {"model", "sharding", "kernels"} | FOUNDATION
 LIBRARIES = {"training", "decoding", "checkpoint", "data", "evaluation"} | MODEL
 SHARED_BY_COMMANDS = {
@@ -19,6 +19,7 @@ COMMANDS = {"train", "decode", "evaluate", "generate_trajectories", "train_token
 # Every module or package of dmax_jax, and what else of dmax_jax it may import. Nothing may import a command.
 ALLOWED = {
     "errors": set(),
+    "determinism": set(),
     "config": {"errors"},
     "sharding": FOUNDATION,
     "kernels": FOUNDATION,

@@ -17,6 +17,7 @@ from dmax_jax.decoding.block import Block, best_tokens, enter_block
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding.rows import Rows, Trace, empty_trace, leave_blocks, slice_rows
 from dmax_jax.decoding.spd import spd_step
+from dmax_jax.determinism import compiler_options
 from dmax_jax.model.cache import TILE, empty_cache, write_cache
 from dmax_jax.model.masks import CachedBlocks, block_causal_mask
 from dmax_jax.model.params import Params
@@ -53,10 +54,11 @@ class Generation:
     active_experts: jax.Array | None  # per sparse layer: experts that a forward ran, summed over the forwards
 
 
+STATIC = ("geometry", "config", "trace", "count_experts", "on_blocks", "mesh")
 BlockListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # left_B, start_B and tokens_BW of a forward
 
 
-@functools.partial(jax.jit, static_argnames=("geometry", "config", "trace", "count_experts", "on_blocks", "mesh"))
+@functools.partial(jax.jit, static_argnames=STATIC)
 def generate(
     params: Params,
     prompt_BP: jax.Array,
@@ -87,6 +89,11 @@ def generate(
     if mesh is None:
         return decode(params, config, *dynamic)
     return run_on_shares(decode, params, config, mesh, *dynamic)
+
+
+generate_deterministically = jax.jit(
+    generate.__wrapped__, static_argnames=STATIC, compiler_options=compiler_options(deterministic=True)
+)
 
 
 def decode_rows(

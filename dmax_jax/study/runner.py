@@ -124,7 +124,9 @@ def answer_pieces(study: Study, workdir: pathlib.Path, kinds: Iterable[str]) -> 
         return [row(ANSWER_SEED, index, "train") for index in range(study.answers)]
 
     def answer(shard: Shard) -> None:
-        settings = DecodeSettings(gen_length=study.gen_length, batch_size=study.answers_batch)
+        settings = DecodeSettings(
+            gen_length=study.gen_length, batch_size=study.answers_batch, deterministic=study.run.deterministic
+        )
         model = load_model(study, checkpoint_directory(study.base))
         output = workdir / "answers.jsonl"
         write_trajectories(model, questions(), ThresholdPolicy(), settings, output, shard=shard, show_progress=True)
@@ -224,7 +226,12 @@ def load_model(study: Study, directory: pathlib.Path) -> LoadedModel:
 
 def measure_row(study: Study, row: Row, model: LoadedModel, seed: int) -> dict[str, Any]:
     """Every threshold of a row, with each problem's outcome."""
-    settings = DecodeSettings(gen_length=study.gen_length, block_length=row.block_length, batch_size=study.batch_size)
+    settings = DecodeSettings(
+        gen_length=study.gen_length,
+        block_length=row.block_length,
+        batch_size=study.batch_size,
+        deterministic=study.run.deterministic,
+    )
     problems = load_problems(study.run.data.task, study.samples, study.test_seed)
     points = []
     for threshold in row.thresholds:
@@ -264,6 +271,7 @@ def describe(study: Study, row: Row) -> dict[str, Any]:
         "block_length": row.block_length,
         "task": study.run.data.task,
         "dtype": study.run.dtype,
+        "deterministic": study.run.deterministic,
         "samples": study.samples,
         "test_seed": study.test_seed,
         "gen_length": study.gen_length,
@@ -296,6 +304,7 @@ def describe_answers(study: Study) -> dict[str, Any]:
         "batch_size": study.answers_batch,
         "gen_length": study.gen_length,
         "dtype": study.run.dtype,
+        "deterministic": study.run.deterministic,
     }
 
 

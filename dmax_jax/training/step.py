@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from dmax_jax.config import ModelConfig, RunConfig
+from dmax_jax.determinism import compiler_options
 from dmax_jax.model.params import Params, init_params, param_shardings
 from dmax_jax.sharding import TRAIN, named_sharding
 from dmax_jax.training.batch import Batch
@@ -70,8 +71,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = state_shardings(run, model, mesh)
-    # Otherwise XLA chooses a GPU's products by how long they take while it compiles, so every start rounds differently.
-    options = {"xla_gpu_deterministic_ops": True} if run.deterministic else {}
+    options = compiler_options(run.deterministic)
     step = jax.jit(train_step, donate_argnames="state", out_shardings=(shardings, None), compiler_options=options)
     return functools.partial(step, key=key)  # an argument, so that another seed is the same program
 

@@ -1,8 +1,10 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 from dmax_jax.decoding.batch import Answer, DecodeSettings, check_prompt, decode_prompts, prefill_bucket
 from dmax_jax.decoding.generate import Geometry, generate
@@ -38,15 +40,32 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(note)
 
 
-def test_a_known_shape_is_not_compiled_again(params, compilations):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_known_shape_is_not_compiled_again(params, compilations, deterministic):
     prompts = [[1, 2, 3, 4, 5], [6]]
-    decode(params, prompts)
+    again = functools.partial(decode, params, deterministic=deterministic)
+    again(prompts)
     assert "jit(generate)" in compilations
     compilations.clear()
-    decode(params, [[7, 8, 9, 10, 11, 12, 1], [1, 2], [6, 7, 8, 9]])  # the same bucket, and half a batch
-    decode(params, prompts, SpdPolicy(threshold=0.6, accept_threshold=0.8))
-    decode(params, prompts, gen_length=14, eos_id=3, mask_id=46, seed=2)
+    again([[7, 8, 9, 10, 11, 12, 1], [1, 2], [6, 7, 8, 9]])  # the same bucket, and half a batch
+    again(prompts, SpdPolicy(threshold=0.6, accept_threshold=0.8))
+    again(prompts, gen_length=14, eos_id=3, mask_id=46, seed=2)
     assert compilations == []
+
+
+def test_only_deterministic_settings_ask_the_compiler_for_it(params, monkeypatch):
+    asked = []
+    compile_or_load = compiler.compile_or_get_cached
+
+    def note(backend, computation, devices, options, *rest, **details):
+        if "generate" in str(computation.operation.attributes["sym_name"]):
+            asked.append(dict(options.env_option_overrides).get("xla_gpu_deterministic_ops"))
+        return compile_or_load(backend, computation, devices, options, *rest, **details)
+
+    monkeypatch.setattr(compiler, "compile_or_get_cached", note)
+    for deterministic in (False, True):
+        decode(params, [[1, 2, 3]], gen_length=21, deterministic=deterministic)
+    assert asked == [None, True]
 
 
 def test_a_row_of_padding_decodes_nothing(params):
