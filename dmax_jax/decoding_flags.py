@@ -32,6 +32,7 @@ WEIGHTS_HELP = (
     "int8, fp8: large matrices in 8 bits (fp8: float8_e4m3fn), a scale per output channel, rounded after loading; "
     "bf16: none in 8 bits, all in --dtype; default: as the checkpoint has them."
 )
+MESH_HELP = "Devices that share the model, such as tensor:2; default: one."
 REPEATABLE = ("checkpoint", "method", "threshold")
 POLICIES = {"spd": SpdPolicy, "threshold": ThresholdPolicy, "hierarchical": HierarchicalPolicy, "credit": CreditPolicy}
 
@@ -114,7 +115,7 @@ class DecodingFlags:
             "deterministic", False, "The same answers from every start on GPUs of a kind: products are not chosen by "
             "timing; a batch of other prompts may still round differently.", flag_values=values,
         )  # fmt: skip
-        flags.DEFINE_string("mesh", "", "Devices per axis, such as tensor:2; default: one device.", flag_values=values)
+        flags.DEFINE_string("mesh", "", MESH_HELP, flag_values=values)
         flags.DEFINE_integer("eos_id", None, "Instead of the checkpoint's own end token.", flag_values=values)
         flags.DEFINE_integer("mask_id", None, "Instead of the checkpoint's own mask token.", flag_values=values)
 
@@ -167,7 +168,7 @@ class DecodingFlags:
         """Loads checkpoint and tokenizer; raises InputError for anything wrong with them."""
         values = self._values
         directory = checkpoint_directory(self.checkpoint)
-        mesh = make_mesh(parse_mesh(values.mesh)) if values.mesh else None
+        mesh = make_mesh(parse_mesh(values.mesh or "tensor:1"))
         config, params = load_checkpoint(
             directory,
             values.dtype,
@@ -202,11 +203,8 @@ class DecodingFlags:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """`tensor:2,data:4` as a MeshConfig whose other axes are 1."""
-    sizes = {"data": 1, "expert": 1, "tensor": 1}
-    for part in text.split(","):
-        axis, _, size = part.partition(":")
-        if axis not in sizes or not size.isdigit():
-            raise InputError(f"--mesh={text}: write AXIS:SIZE,... with axes {', '.join(sizes)}")
-        sizes[axis] = int(size)
-    return MeshConfig(**sizes)
+    """`tensor:2` as a MeshConfig whose other axes are 1: in decoding they would repeat the work."""
+    axis, _, size = text.partition(":")
+    if axis != "tensor" or not size.isdigit():
+        raise InputError(f"--mesh={text}: write tensor:N, for the N devices that share the model")
+    return MeshConfig(data=1, expert=1, tensor=int(size))

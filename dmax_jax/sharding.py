@@ -20,8 +20,8 @@ TRAIN: Rules = {
     "experts": "expert",
     "expert_ffn": None,
 }
-# Decoding splits every matrix, so that all devices read a part of each at once.
-DECODE: Rules = TRAIN | {"vocab": "tensor", "heads": "tensor", "ffn": "tensor", "expert_ffn": "tensor"}
+# Decoding splits every matrix that it reads whole, so that all devices read a part of each at once (model/shares.py).
+DECODE: Rules = dict.fromkeys(TRAIN) | dict.fromkeys(("vocab", "heads", "ffn", "expert_ffn"), "tensor")
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
@@ -39,6 +39,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices[:total]
     )
+
+
+def mesh_of(array: jax.Array) -> Mesh | None:
+    """The mesh that an array lies on, None if that is a device without one."""
+    sharding = getattr(array, "sharding", None)
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
 
 
 def named_sharding(mesh: Mesh, rules: Rules, *axes: str | None) -> NamedSharding:

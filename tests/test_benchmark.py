@@ -86,7 +86,7 @@ def test_8_bit_weights(source, kind, tmp_path, capsys):
         (["decode", "--checkpoint=demo", "--batch_size=1,0"], "batch_size=0 must be at least 1"),
         (["decode", "--checkpoint=demo", "--plot=dmax_jax"], "--plot=dmax_jax is a directory"),
         (["decode", "--checkpoint=demo", "--mesh=tensor:99"], "needs 99 devices; there are 8"),
-        (["decode", "--checkpoint=demo", "--mesh=data:2"], "decoding is measured on tensor:N"),
+        (["decode", "--checkpoint=demo", "--mesh=data:2"], "--mesh=data:2: write tensor:N"),
         (["decode", "--config=configs/stories_oput.py"], "the run starts from a checkpoint"),
     ],
 )

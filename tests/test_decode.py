@@ -70,9 +70,9 @@ def flags_of(name: str, case: dict) -> list[str]:
     return [f"--checkpoint={GOLDEN / name / 'checkpoint'}", *settings, "--nofill_leftover_masks", "--dtype=float32"]
 
 
-def assert_decodes_as_official(tmp_path, name: str, case: dict) -> None:
+def assert_decodes_as_official(tmp_path, name: str, case: dict, *more_flags: str) -> None:
     ids = ",".join(map(str, case["prompt"]))
-    out = written(tmp_path, *flags_of(name, case), f"--input_ids={ids}", "--trace")
+    out = written(tmp_path, *flags_of(name, case), f"--input_ids={ids}", "--trace", *more_flags)
     about = {key: case[key] for key in case if key not in ("tokens", "trace")}
     assert out["prompt_ids"] == case["prompt"]
     assert out["prompt_ids"] + out["token_ids"] == case["tokens"], about
@@ -93,6 +93,20 @@ def test_every_golden_case_is_decoded_as_by_the_official_code(golden, tmp_path, 
 @pytest.mark.parametrize(("name", "number"), [("tiny", -2), ("grouped", 8), ("calm", 25), ("calm", 0)])
 def test_golden_cases_in_arrays_of_their_own_size(name, number, tmp_path):
     assert_decodes_as_official(tmp_path, name, golden_cases(name)[number])
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize(("name", "number"), [("tiny", -2), ("calm", 25)])
+def test_golden_cases_on_several_devices(name, number, devices, tmp_path):
+    assert_decodes_as_official(tmp_path, name, golden_cases(name)[number], f"--mesh=tensor:{devices}")
+
+
+def test_the_demo_on_several_devices(tmp_path):
+    question = "Tom works 6 hours at 7 dollars each. Then Tom pays 5 dollars each for 6 cards. How many are left?"
+    flags = [f"--prompt={question}", "--gen_length=64", "--dtype=float32"]
+    alone, shared = (written(tmp_path / mesh, *flags, f"--mesh={mesh}") for mesh in ("tensor:1", "tensor:4"))
+    assert shared["token_ids"] == alone["token_ids"]
+    assert shared["forwards"] == alone["forwards"]
 
 
 @pytest.mark.parametrize("weights", ["fp8", "bf16"])
@@ -304,7 +318,9 @@ def test_bad_flags_end_before_the_model_is_loaded(arguments, culprit, capsys, mo
         ("--input_ids=5 --gen_length=100000", "gen_length=100000"),
         ("--input_ids=5 --eos_id=512", "eos_token_id=512"),
         ("--input_ids=5 --mesh=tensor:99", "tensor=99"),
-        ("--input_ids=5 --mesh=wide", "--mesh=wide"),
+        ("--input_ids=5 --mesh=tensor:3", "tensor:3 does not divide 4 query heads and 2 key heads"),
+        ("--input_ids=5 --mesh=wide", "--mesh=wide: write tensor:N"),
+        ("--input_ids=5 --mesh=data:2", "--mesh=data:2: write tensor:N"),
         ("--prompt=Hello", "tokenizer.json is missing"),
     ],
 )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from dmax_jax.decoding.block import Block, predict_tokens
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, ThresholdPolicy
+from dmax_jax.model.shares import first_token
 
 # The official code lowers its threshold to the best confidence less this, so near ties are committed together.
 TIE = 1e-5
@@ -47,7 +48,8 @@ def credit_step(
     """Threshold decoding after adding `alpha log(1 + credit)` to the logits of masked positions."""
     top_BW, confidence_BW = predict_tokens(logits_BWV, 0.0, keys_B)
     masked_BW1 = (block.tokens_BW == mask_id)[:, :, None]
-    top_BWV = jax.nn.one_hot(top_BW, logits_BWV.shape[-1])
+    V = logits_BWV.shape[-1]
+    top_BWV = jax.nn.one_hot(top_BW - first_token(V), V)
     earned_BWV = jnp.where(masked_BW1, top_BWV * confidence_BW[:, :, None] ** policy.gamma, 0)
     credit_BWV = policy.decay * block.credit_BWV + earned_BWV
     raised_BWV = logits_BWV + jnp.where(masked_BW1, policy.alpha * jnp.log1p(credit_BWV), 0)

@@ -13,6 +13,7 @@ from dmax_jax.decoding.generate import Generation, Geometry, generate, generate_
 from dmax_jax.decoding.policies import Policy
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params
+from dmax_jax.sharding import mesh_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,8 @@ def _decode_batch(
         "eos_id": eos_id,
     }
     on_blocks = None if on_block is None else functools.partial(_tell_rows, on_block, first)
-    static = {"geometry": geometry, "config": config, "trace": settings.trace, "on_blocks": on_blocks}
+    mesh = mesh_of(params.embed)
+    static = {"geometry": geometry, "config": config, "trace": settings.trace, "on_blocks": on_blocks, "mesh": mesh}
     # Compiled ahead, so that the time below is decoding alone; a known shape comes from jit's own cache.
     function = generate_deterministically if settings.deterministic else generate
     compiled = function.lower(params, prompt_BP, length_B, keys_B, **dynamic, **static).compile()

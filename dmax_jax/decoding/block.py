@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dmax_jax.model.shares import first_token, logsumexp_over_shares, of_best_share, shares
+
 
 @struct.dataclass
 class Block:
@@ -36,12 +38,30 @@ def freeze(frozen_B: jax.Array, old, new):
 
 
 def predict_tokens(logits_BWV: jax.Array, temperature: float, keys_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns tokens [B, W] (lowest index on ties) and their probability at temperature 1 [B, W], in float32."""
+    """Returns tokens [B, W] (lowest index on ties) and their probability at temperature 1 [B, W], in float32.
+
+    Of logits that several devices share, every one has the columns of its own tokens.
+    """
     logits_BWV = logits_BWV.astype(jnp.float32)
-    if temperature == 0:
-        tokens_BW = jnp.argmax(logits_BWV, axis=-1)
-    else:
-        tokens_BW = jax.vmap(jax.random.categorical)(keys_B, logits_BWV / temperature)
-    chosen_BW = jnp.take_along_axis(logits_BWV, tokens_BW[:, :, None], axis=-1)[:, :, 0]
-    confidence_BW = jnp.exp(chosen_BW - jax.nn.logsumexp(logits_BWV, axis=-1))
-    return tokens_BW.astype(jnp.int32), confidence_BW
+    scores_BWV = logits_BWV
+    if temperature > 0:
+        scores_BWV = logits_BWV / temperature + gumbel_noise(keys_B, logits_BWV.shape)
+    tokens_BW, chosen_BW = best_tokens(scores_BWV, logits_BWV)
+    return tokens_BW, jnp.exp(chosen_BW - logsumexp_over_shares(logits_BWV))
+
+
+def best_tokens(scores_BWV: jax.Array, logits_BWV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The tokens with the highest scores (lowest index on ties), and their logits: [B, W] each."""
+    best_BW = jnp.argmax(scores_BWV, axis=-1).astype(jnp.int32)
+    score_BW, logit_BW = (
+        jnp.take_along_axis(x_BWV, best_BW[:, :, None], axis=-1)[:, :, 0] for x_BWV in (scores_BWV, logits_BWV)
+    )
+    share_BW, best_BW, logit_BW = of_best_share(score_BW, best_BW, logit_BW)
+    return share_BW * scores_BWV.shape[-1] + best_BW, logit_BW
+
+
+def gumbel_noise(keys_B: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Noise that makes the best token a draw, that of jax.random.categorical: of all tokens, then the share's own."""
+    _, W, V = shape
+    noise_BWV = jax.vmap(lambda key: jax.random.gumbel(key, (W, shares() * V)))(keys_B)
+    return jax.lax.dynamic_slice_in_dim(noise_BWV, first_token(V), V, axis=-1)

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.experimental import io_callback
+from jax.sharding import Mesh
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.decoding.baselines import credit_step, hierarchical_step, threshold_step
-from dmax_jax.decoding.block import Block, enter_block
+from dmax_jax.decoding.block import Block, best_tokens, enter_block
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding.rows import Rows, Trace, empty_trace, leave_blocks, slice_rows
 from dmax_jax.decoding.spd import spd_step
@@ -20,6 +21,7 @@ from dmax_jax.determinism import compiler_options
 from dmax_jax.model.cache import TILE, empty_cache, write_cache
 from dmax_jax.model.masks import CachedBlocks, block_causal_mask
 from dmax_jax.model.params import Params
+from dmax_jax.model.shares import first_token, is_first_share, run_on_shares
 from dmax_jax.model.transformer import embed, transformer, unembed
 
 STEPS = {
@@ -52,7 +54,7 @@ class Generation:
     active_experts: jax.Array | None  # per sparse layer: experts that a forward ran, summed over the forwards
 
 
-STATIC = ("geometry", "config", "trace", "count_experts", "on_blocks")
+STATIC = ("geometry", "config", "trace", "count_experts", "on_blocks", "mesh")
 BlockListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # left_B, start_B and tokens_BW of a forward
 
 
@@ -72,13 +74,45 @@ def generate(
     trace: bool = False,
     count_experts: bool = False,
     on_blocks: BlockListener | None = None,
+    mesh: Mesh | None = None,
 ) -> Generation:
     """Decodes every row's answer of `gen_length` tokens, rounded up to whole blocks (paper, section 3.3).
 
     `prompt_BP` is padded to P = geometry.prefill + block_length; a row of length 0 is padding and decodes nothing. The
     outcome of a row depends on its own prompt and key alone. `on_blocks` is called on the host after every forward in
     which a row has left its block, with what that block holds; the calls may come late, but never before its tokens.
+    With a `mesh`, every one of its devices does it all with its share of the model.
     """
+    static = {"geometry": geometry, "trace": trace, "count_experts": count_experts, "on_blocks": on_blocks}
+    decode = functools.partial(decode_rows, **static)
+    dynamic = prompt_BP, length_B, keys_B, gen_length, policy, mask_id, eos_id
+    if mesh is None:
+        return decode(params, config, *dynamic)
+    return run_on_shares(decode, params, config, mesh, *dynamic)
+
+
+generate_deterministically = jax.jit(
+    generate.__wrapped__, static_argnames=STATIC, compiler_options=compiler_options(deterministic=True)
+)
+
+
+def decode_rows(
+    params: Params,
+    config: ModelConfig,
+    prompt_BP: jax.Array,
+    length_B: jax.Array,
+    keys_B: jax.Array,
+    gen_length: jax.Array,
+    policy: Policy,
+    mask_id: jax.Array,
+    eos_id: jax.Array,
+    *,
+    geometry: Geometry,
+    trace: bool,
+    count_experts: bool,
+    on_blocks: BlockListener | None,
+) -> Generation:
+    """`generate` on one device, or on one of those that share the model."""
 
     def step(rows: Rows, commit: bool) -> Rows:
         logits_BWV, rows = forward_blocks(params, rows, config, commit=commit)
@@ -107,11 +141,6 @@ def generate(
     return Generation(rows.tokens_BT, rows.end_B, rows.forwards_B, rows.trace, rows.active_experts)
 
 
-generate_deterministically = jax.jit(
-    generate.__wrapped__, static_argnames=STATIC, compiler_options=compiler_options(deterministic=True)
-)
-
-
 def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, mask_id, trace) -> Rows:
     """Caches the whole blocks of every prompt in one forward and enters the block that holds the prompt's tail."""
     B, P = prompt_BP.shape
@@ -124,7 +153,7 @@ def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, m
         kv = transformer(params, x_BQD, positions, block_causal_mask(Q, W), config).kv
         cache = write_cache(cache, kv, jnp.zeros_like(length_B), jnp.ones_like(length_B, bool))
     start_B = length_B // W * W
-    credit_BWV = jnp.zeros((B, W, config.vocab_size)) if isinstance(policy, CreditPolicy) else None
+    credit_BWV = jnp.zeros((B, W, params.head.shape[0])) if isinstance(policy, CreditPolicy) else None
     none_B = jnp.zeros_like(length_B)
     return Rows(
         tokens_BT=tokens_BT,
@@ -186,7 +215,7 @@ def tell(on_blocks: BlockListener, old: Rows, new: Rows) -> None:
     def call() -> None:
         io_callback(on_blocks, None, left_B, old.start_B, tokens_BW)
 
-    jax.lax.cond(jnp.any(left_B), call, lambda: None)
+    jax.lax.cond(jnp.any(left_B) & is_first_share(), call, lambda: None)
 
 
 def fill_leftover_masks(block: Block, left_B: jax.Array, logits_BWV: jax.Array, mask_id: int) -> Block:
@@ -194,7 +223,9 @@ def fill_leftover_masks(block: Block, left_B: jax.Array, logits_BWV: jax.Array, 
     leftover_BW = left_B[:, None] & block.active_BW & (block.tokens_BW == mask_id)
 
     def fill() -> jax.Array:
-        other_BWV = jnp.where(jnp.arange(logits_BWV.shape[-1])[None, None] == mask_id, -jnp.inf, logits_BWV)
-        return jnp.where(leftover_BW, jnp.argmax(other_BWV, axis=-1).astype(jnp.int32), block.tokens_BW)
+        V = logits_BWV.shape[-1]
+        is_mask_V = first_token(V) + jnp.arange(V) == mask_id
+        other_BWV = jnp.where(is_mask_V[None, None], -jnp.inf, logits_BWV)
+        return jnp.where(leftover_BW, best_tokens(other_BWV, other_BWV)[0], block.tokens_BW)
 
     return block.replace(tokens_BW=jax.lax.cond(jnp.any(leftover_BW), fill, lambda: block.tokens_BW))

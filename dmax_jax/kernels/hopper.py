@@ -17,13 +17,21 @@ SHARED_BYTES = 227 * 1024  # that a block of threads may use
 RESERVED_BYTES = 6 * 1024  # of them for barriers and alignment
 
 
-@functools.cache
 def is_hopper() -> bool:
-    """Whether this process sees one device, and one that these kernels run on, under a JAX that they are written for.
+    """Whether what is being traced runs on devices for these kernels, each by itself.
 
-    The compiler can't split a kernel over several devices, so there the plain functions run.
+    The compiler can't split a kernel over several devices: where it might have to, the plain functions run. Within a
+    `shard_map` over all axes of a mesh, or in a process that sees one device, it never has to.
     """
-    if jax.device_count() > 1 or jax.__version_info__ < (0, 11):
+    mesh = jax.sharding.get_abstract_mesh()
+    by_itself = jax.device_count() == 1 or 0 < len(mesh.axis_names) == len(mesh.manual_axes)
+    return by_itself and has_hopper()
+
+
+@functools.cache
+def has_hopper() -> bool:
+    """Whether this process sees devices that these kernels run on, under a JAX that they are written for."""
+    if jax.__version_info__ < (0, 11):
         return False
     device = jax.devices()[0]
     return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"

@@ -13,6 +13,7 @@ from dmax_jax.decoding.generate import Generation, Geometry, generate
 from dmax_jax.decoding.policies import SpdPolicy
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Moe, Params
+from dmax_jax.sharding import mesh_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +123,7 @@ def compile_decoding(
         "geometry": Geometry(prefill=problem.context, block_length=W, blocks=1 + problem.blocks),
         "config": config,
         "count_experts": count_experts,
+        "mesh": mesh_of(params.embed),
     }
     compiled = generate.lower(*arguments, gen_length=np.int32(W), **dynamic, **static).compile()
     return lambda blocks: compiled(*arguments, gen_length=np.int32(W * blocks), **dynamic)

@@ -95,7 +95,7 @@ def param_specs(config: ModelConfig) -> Params:
         return Layer(
             attention_norm=norm(D),
             attention=Attention(
-                qkv=ParamSpec((config.qkv_rows, D), ("heads", "embed"), quantised=True),
+                qkv=ParamSpec((config.qkv_rows, D), (None, "embed"), quantised=True),  # see model/shares.py
                 out=ParamSpec((D, config.num_attention_heads * H), ("embed", "heads"), quantised=True),
                 q_norm=norm(H, None),
                 k_norm=norm(H, None),
@@ -104,12 +104,11 @@ def param_specs(config: ModelConfig) -> Params:
             mlp=mlp(config.intermediate_size) if index < config.first_k_dense_replace else moe(),
         )
 
-    table = ParamSpec((V, D), ("vocab", "embed"))
     return Params(
-        embed=table,
+        embed=ParamSpec((V, D), (None, "embed")),  # a few rows are read: to split it would save nothing
         layers=tuple(layer(index) for index in range(config.num_hidden_layers)),
         norm=norm(D),
-        head=dataclasses.replace(table, quantised=True),
+        head=ParamSpec((V, D), ("vocab", "embed"), quantised=True),
     )
 
 
@@ -119,7 +118,12 @@ def count_params(config: ModelConfig) -> int:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Params:
-    """The parameter tree with a NamedSharding at every leaf."""
+    """The parameter tree with a NamedSharding at every leaf; raises InputError if the mesh doesn't divide the model."""
+    parts, queries, keys = 1, config.num_attention_heads, config.num_key_value_heads
+    if rules["heads"] is not None:
+        parts = mesh.shape[rules["heads"]]
+    if queries % parts or (keys % parts and parts % keys):
+        raise InputError(f"mesh: {rules['heads']}:{parts} does not divide {queries} query heads and {keys} key heads")
 
     def sharding(spec: ParamSpec) -> NamedSharding:
         found = named_sharding(mesh, rules, *spec.axes)

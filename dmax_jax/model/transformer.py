@@ -15,6 +15,7 @@ from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import Visible
 from dmax_jax.model.moe import moe
 from dmax_jax.model.params import Layer, Moe, Params
+from dmax_jax.model.shares import sum_over_shares
 
 
 @struct.dataclass
@@ -58,13 +59,14 @@ def _layer(x_BTD, layer: Layer, angles, visible, cached, config: ModelConfig):
     with jax.named_scope("attention"):
         normal_BTD = rms_norm(x_BTD, layer.attention_norm, config.rms_norm_eps)
         out_BTD, new = attention(normal_BTD, layer.attention, angles, visible, cached, config)
-        x_BTD = x_BTD + out_BTD
+        x_BTD = x_BTD + sum_over_shares(out_BTD)
     with jax.named_scope("mlp"):
         normal_BTD = rms_norm(x_BTD, layer.mlp_norm, config.rms_norm_eps)
         if not isinstance(layer.mlp, Moe):
-            return x_BTD + swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down), new, None
+            out_BTD = swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)
+            return x_BTD + sum_over_shares(out_BTD), new, None
         out_BTD, load_E = moe(normal_BTD, layer.mlp, config)
-        return x_BTD + out_BTD, new, load_E
+        return x_BTD + sum_over_shares(out_BTD), new, load_E
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:
@@ -73,7 +75,7 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
 
 
 def unembed(params: Params, hidden: jax.Array) -> jax.Array:
-    """Logits in float32: [..., D] -> [..., V]."""
+    """Logits in float32: [..., D] -> [..., V], of the share's tokens (model/shares.py)."""
     with exact_products(hidden.dtype):
         return project_to_float32(hidden, params.head)
 

@@ -83,6 +83,15 @@ def test_every_layout_loads_onto_a_mesh(layout, converted, workdir):
         assert_identical(params, cast_params(load_params(TINY, config), jnp.bfloat16))
 
 
+def test_a_model_saved_on_a_mesh_loads_on_another(tmp_path):
+    config, params = load_checkpoint(TINY, "float32", make_mesh(MeshConfig(data=1, tensor=4)))
+    save_model(tmp_path / "shared", params, config)
+    mesh = make_mesh(MeshConfig(data=1, tensor=2))
+    _, loaded = load_checkpoint(tmp_path / "shared", mesh=mesh)
+    assert loaded.head.sharding.shard_shape(loaded.head.shape) == (config.vocab_size // 2, config.hidden_size)
+    assert_identical(loaded, load_params(TINY, config))
+
+
 def test_ids_can_be_replaced(converted):
     config, _ = load_checkpoint(converted, mask_token_id=5, eos_token_id=6)
     assert (config.mask_token_id, config.eos_token_id) == (5, 6)

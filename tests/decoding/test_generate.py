@@ -1,4 +1,4 @@
-"""Whole generations: with and without a cache, alone and in batches, on one device and on eight."""
+"""Whole generations: with and without a cache, alone and in batches, on one device and on several."""
 
 import dataclasses
 import functools
@@ -16,6 +16,7 @@ from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, SpdPoli
 from dmax_jax.decoding_flags import parse_mesh
 from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.params import cast_params, param_shardings
+from dmax_jax.model.quantisation import quantise_params
 from dmax_jax.model.transformer import embed, transformer, unembed
 from dmax_jax.sharding import DECODE, make_mesh
 from tests.models import SMALL, small_params
@@ -136,12 +137,34 @@ def test_the_size_of_a_batch_changes_nothing(params, batched, batch_size, prompt
     assert [outcome(answer) for answer in answers] == [outcome(batched["spd"][index]) for index in prompts]
 
 
-def test_eight_devices_give_the_same_tokens(params, batched):
-    mesh = make_mesh(parse_mesh("data:2,expert:2,tensor:2"))
-    spread = jax.device_put(params, param_shardings(SMALL, mesh, DECODE))
-    assert len(spread.layers[1].mlp.experts.gate.devices()) == 8
-    answers = decode(spread, POLICIES["spd"])
-    assert [outcome(answer) for answer in answers] == [outcome(answer) for answer in batched["spd"]]
+@pytest.mark.parametrize(
+    ("devices", "method"), [(1, "spd"), (2, "spd"), *[(4, method) for method in POLICIES]]
+)  # fmt: skip
+def test_devices_that_share_the_model_give_the_same_tokens(params, batched, devices, method):
+    """On 4 of them, pairs have the same one of the two key heads."""
+    answers = decode(share(params, devices), POLICIES[method])
+    assert [outcome(answer) for answer in answers] == [outcome(answer) for answer in batched[method]]
+
+
+def test_shared_8_bit_weights_give_the_same_tokens(params):
+    quantised = quantise_params(params, SMALL, "int8")
+    shared = quantise_params(share(params, 2), SMALL)
+    assert shared.layers[1].mlp.experts.down.values.sharding.shard_shape((6, 32, 16)) == (6, 32, 8)
+    expected = [outcome(answer) for answer in decode(quantised, POLICIES["spd"])]
+    assert [outcome(answer) for answer in decode(shared, POLICIES["spd"])] == expected
+
+
+def test_a_listener_hears_each_block_once(params):
+    heard = {1: [], 2: []}
+    for devices, blocks in heard.items():
+        note = functools.partial(lambda blocks, *told: blocks.append(told), blocks)
+        list(decode_prompts(share(params, devices), SMALL, PROMPTS[:3], POLICIES["spd"], SETTINGS, on_block=note))
+    assert sorted(heard[1]) == sorted(heard[2]) != []
+
+
+def share(params, devices):
+    mesh = make_mesh(parse_mesh(f"tensor:{devices}"))
+    return jax.device_put(params, param_shardings(SMALL, mesh, DECODE))
 
 
 def test_a_draw_depends_on_seed_and_index_and_not_on_neighbours(params, batched):

@@ -68,7 +68,7 @@ def test_required_bytes_by_hand():
 
 def test_required_bytes_of_8_bit_weights_by_hand():
     D, V, F, E, dense, heads = 32, 48, 16, 6, 48, 4 * 8
-    needed = required_bytes(quantise_params(small_params(), SMALL), SMALL, PROBLEM, [2.5])
+    needed = required_bytes(quantise_params(small_params(), SMALL, "int8"), SMALL, PROBLEM, [2.5])
     assert needed.experts == 2.5 * (3 * D * F + 4 * (2 * F + D))
     assert needed.head == V * D + 4 * V
     qkv = 2 * heads

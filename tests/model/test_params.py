@@ -91,18 +91,15 @@ def test_casting_keeps_the_expert_bias_in_float32():
         (
             DECODE,
             {
-                ".embed": (24, 32),
                 ".head": (24, 32),
-                ".layers[0].attention.qkv": (32, 32),
                 ".layers[0].attention.out": (32, 16),
                 ".layers[0].mlp.gate": (24, 32),
                 ".layers[0].mlp.up": (24, 32),
                 ".layers[0].mlp.down": (32, 24),
-                ".layers[1].attention.qkv": (32, 32),
                 ".layers[1].attention.out": (32, 16),
-                ".layers[1].mlp.experts.gate": (3, 8, 32),
-                ".layers[1].mlp.experts.up": (3, 8, 32),
-                ".layers[1].mlp.experts.down": (3, 32, 8),
+                ".layers[1].mlp.experts.gate": (6, 8, 32),
+                ".layers[1].mlp.experts.up": (6, 8, 32),
+                ".layers[1].mlp.experts.down": (6, 32, 8),
                 ".layers[1].mlp.shared.gate": (8, 32),
                 ".layers[1].mlp.shared.up": (8, 32),
                 ".layers[1].mlp.shared.down": (32, 8),
@@ -132,3 +129,11 @@ def test_abstract_parameters_describe_the_real_ones():
 def test_an_axis_that_does_not_divide_is_named():
     with pytest.raises(InputError, match="expert:5 does not divide a parameter's dimension of"):
         param_shardings(small_model(), make_mesh(MeshConfig(data=1, expert=5)), TRAIN)
+
+
+@pytest.mark.parametrize(("queries", "keys", "devices"), [(4, 2, 8), (4, 2, 3), (12, 6, 4)])
+def test_heads_that_devices_can_not_share_are_named(queries, keys, devices):
+    model = small_model(num_attention_heads=queries, num_key_value_heads=keys)
+    message = f"tensor:{devices} does not divide {queries} query heads and {keys} key heads"
+    with pytest.raises(InputError, match=message):
+        param_shardings(model, make_mesh(MeshConfig(data=1, tensor=devices)), DECODE)

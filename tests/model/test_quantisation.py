@@ -150,7 +150,7 @@ def test_scales_lie_beside_their_channels(rules, kind):
     assert found == quantised_shardings(shardings, SMALL)
     jax.tree.map(np.testing.assert_array_equal, quantised, quantise_params(small_params(), SMALL, kind))
     held = {name: leaf.sharding.shard_shape(leaf.shape) for name, leaf in by_name(quantised).items()}
-    experts, ffn = SMALL.num_experts // 2, SMALL.moe_intermediate_size // (2 if rules is DECODE else 1)
+    experts, ffn = (6, 8) if rules is DECODE else (3, 16)
     assert held[".layers[1].mlp.experts.gate.values"] == (experts, ffn, 32)
     assert held[".layers[1].mlp.experts.gate.scale"] == (experts, ffn)
     assert held[".layers[1].mlp.experts.down.values"] == (experts, 32, ffn)

@@ -1,0 +1,104 @@
+"""A model of which each of several devices has a share, and how what they compute from it is put together.
+
+A share has some query heads and the key heads that they look at, a part of the width of every feed-forward and of every
+expert, and a part of the head's vocabulary. What comes out is a part of a sum, or the scores of some tokens. All else
+is whole on every device, and each does it for itself; so the residual stream and the tokens are the same everywhere.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from dmax_jax.config import ModelConfig
+from dmax_jax.model.params import Attention, Params, param_shardings
+from dmax_jax.model.quantisation import quantised_shardings, weights_kind
+from dmax_jax.sharding import DECODE
+
+AXIS = "tensor"
+Result = TypeVar("Result")
+
+
+def run_on_shares(function: Callable[..., Result], params: Params, config: ModelConfig, mesh: Mesh, *rest) -> Result:
+    """Calls `function(params, config, *rest)` on every device, with its share of the parameters.
+
+    The config has the share's numbers of heads. The result is that of any device: it must be the same on all.
+    """
+
+    def run(params: Params, *rest) -> Result:
+        return function(*_own_share(params, config), *rest)
+
+    shardings = param_shardings(config, mesh, DECODE)
+    shardings = quantised_shardings(shardings, config) if weights_kind(params) else shardings
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    whole = PartitionSpec()
+    in_specs = (specs, *(whole for _ in rest))
+    return jax.shard_map(run, mesh=mesh, in_specs=in_specs, out_specs=whole, check_vma=False)(params, *rest)
+
+
+def shares() -> int:
+    """How many devices share the model in the computation that is being traced: 1 outside `run_on_shares`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.shape[AXIS] if AXIS in mesh.manual_axes else 1
+
+
+def is_first_share() -> bool | jax.Array:
+    return shares() == 1 or lax.axis_index(AXIS) == 0
+
+
+def sum_over_shares(part: jax.Array) -> jax.Array:
+    """The sum of every device's part."""
+    return part if shares() == 1 else lax.psum(part, AXIS)
+
+
+def first_token(own_tokens: int) -> int | jax.Array:
+    """The id of the first of the `own_tokens` that a share has scores of."""
+    return 0 if shares() == 1 else lax.axis_index(AXIS) * own_tokens
+
+
+def of_best_share(score_BW: jax.Array, *values_BW: jax.Array) -> tuple[int | jax.Array, ...]:
+    """Which share has the highest score, position by position (of equals the first), and its `values`."""
+    if shares() == 1:
+        return 0, *values_BW
+    score_CBW, values_CBW = lax.all_gather((score_BW, values_BW), AXIS)  # C shares
+    best_1BW = jnp.argmax(score_CBW, axis=0, keepdims=True).astype(jnp.int32)
+    return best_1BW[0], *[jnp.take_along_axis(value_CBW, best_1BW, axis=0)[0] for value_CBW in values_CBW]
+
+
+def logsumexp_over_shares(logits_BWV: jax.Array) -> jax.Array:
+    """log(sum(exp)) over the last axis of all shares: [B, W]."""
+    own_BW = jax.nn.logsumexp(logits_BWV, axis=-1)
+    return own_BW if shares() == 1 else jax.nn.logsumexp(lax.all_gather(own_BW, AXIS), axis=0)
+
+
+def _own_share(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
+    """What is split arrives as the device's part of it; the rows of `qkv`, which belong to three kinds, are taken here.
+
+    With more shares than key heads, several have the same one.
+    """
+    parts = shares()
+    if parts == 1:
+        return params, config
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    own = dataclasses.replace(
+        config, num_attention_heads=heads // parts, num_key_value_heads=max(1, key_heads // parts)
+    )
+    share, H = lax.axis_index(AXIS), config.head_dim
+    kinds = (heads, own.num_attention_heads), *[(key_heads, own.num_key_value_heads)] * 2
+
+    def own_rows(leaf: jax.Array) -> jax.Array:
+        rows, start = [], 0
+        for count, own_count in kinds:
+            rows.append(lax.dynamic_slice_in_dim(leaf, (start + share * count // parts) * H, own_count * H))
+            start += count
+        return jnp.concatenate(rows)
+
+    def own_heads(weights: Attention) -> Attention:
+        return weights.replace(qkv=jax.tree.map(own_rows, weights.qkv))
+
+    layers = tuple(layer.replace(attention=own_heads(layer.attention)) for layer in params.layers)
+    return params.replace(layers=layers), own
