@@ -12,23 +12,24 @@ from jax.experimental import io_callback
 from jax.sharding import Mesh
 
 from dmax_jax.config import ModelConfig
-from dmax_jax.decoding.baselines import credit_step, hierarchical_step, threshold_step
-from dmax_jax.decoding.block import Block, best_tokens, enter_block
+from dmax_jax.decoding.baselines import add_credit, hierarchical_step, threshold_step
+from dmax_jax.decoding.block import Block, enter_block, freeze
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, Policy, SpdPolicy, ThresholdPolicy
-from dmax_jax.decoding.rows import Rows, Trace, empty_trace, leave_blocks, slice_rows
-from dmax_jax.decoding.spd import spd_step
+from dmax_jax.decoding.prediction import Prediction, predict
+from dmax_jax.decoding.rows import Rows, Trace, empty_trace, leave_blocks, record, slice_rows
+from dmax_jax.decoding.spd import embed_softly, spd_step
 from dmax_jax.determinism import compiler_options
 from dmax_jax.model.cache import TILE, empty_cache, write_cache
 from dmax_jax.model.masks import CachedBlocks, block_causal_mask
 from dmax_jax.model.params import Params
-from dmax_jax.model.shares import first_token, is_first_share, run_on_shares
+from dmax_jax.model.shares import is_first_share, run_on_shares
 from dmax_jax.model.transformer import embed, transformer, unembed
 
 STEPS = {
     SpdPolicy: spd_step,
     ThresholdPolicy: threshold_step,
     HierarchicalPolicy: hierarchical_step,
-    CreditPolicy: credit_step,
+    CreditPolicy: threshold_step,
 }
 
 
@@ -115,14 +116,15 @@ def decode_rows(
     """`generate` on one device, or on one of those that share the model."""
 
     def step(rows: Rows, commit: bool) -> Rows:
-        logits_BWV, rows = forward_blocks(params, rows, config, commit=commit)
-        new = decode_step(rows, logits_BWV, keys_B, functools.partial(embed, params), policy, mask_id, eos_id)
+        x_BWD = embed_block(params, rows.block, policy, mask_id)
+        logits_BWV, rows = forward_blocks(params, rows, x_BWD, config, commit=commit)
+        new = decode_step(rows, logits_BWV, keys_B, policy, mask_id, eos_id)
         if on_blocks is not None:
             tell(on_blocks, rows, new)
         return new
 
     def must_commit(rows: Rows) -> jax.Array:
-        return jnp.any(rows.uncached_B & ~rows.done_B)
+        return jnp.any(rows.uncached_B)
 
     def unfinished(rows: Rows) -> jax.Array:
         return ~jnp.all(rows.done_B)
@@ -154,32 +156,38 @@ def prefill(params, prompt_BP, length_B, gen_length, geometry, policy, config, m
         cache = write_cache(cache, kv, jnp.zeros_like(length_B), jnp.ones_like(length_B, bool))
     start_B = length_B // W * W
     credit_BWV = jnp.zeros((B, W, params.head.shape[0])) if isinstance(policy, CreditPolicy) else None
-    none_B = jnp.zeros_like(length_B)
     return Rows(
         tokens_BT=tokens_BT,
-        block=enter_block(slice_rows(tokens_BT, start_B, W), functools.partial(embed, params), mask_id, credit_BWV),
+        block=enter_block(slice_rows(tokens_BT, start_B, W), mask_id, credit_BWV),
         start_B=start_B,
-        end_B=-(-(length_B + gen_length) // W) * W,
-        uncached_B=none_B > 0,
-        forwards_B=none_B,
-        done_B=length_B == 0,
+        end_B=jnp.where(length_B == 0, 0, -(-(length_B + gen_length) // W) * W),
+        forwards_B=jnp.zeros_like(length_B),
         cache=cache,
         trace=empty_trace(B, geometry.blocks * W, W) if trace else None,
     )
 
 
-def forward_blocks(params: Params, rows: Rows, config: ModelConfig, *, commit: bool) -> tuple[jax.Array, Rows]:
-    """Logits [B, W, V] of every row's block, which sees all earlier blocks.
+def embed_block(params: Params, block: Block, policy: Policy, mask_id: int) -> jax.Array:
+    """Input of the block's next forward: [B, W, D]."""
+    if isinstance(policy, SpdPolicy):
+        return embed_softly(block, functools.partial(embed, params), policy, mask_id)
+    return embed(params, block.tokens_BW)
+
+
+def forward_blocks(
+    params: Params, rows: Rows, x_BTD: jax.Array, config: ModelConfig, *, commit: bool
+) -> tuple[jax.Array, Rows]:
+    """Logits [B, W, V] of every row's block, of input `x_BTD`, which sees all earlier blocks.
 
     With `commit` the forward also carries the block before it, from its final hard tokens, and writes its keys and
-    values into the cache: committing a finished block costs no forward of its own.
+    values into the cache: committing a finished block costs no forward of its own. Without, all must be committed.
     """
-    W = rows.block.tokens_BW.shape[1]
+    W = x_BTD.shape[1]
     own_BW = rows.start_B[:, None] + jnp.arange(W)[None]
-    x_BTD, positions_BT = rows.block.embeddings_BWD, own_BW
-    pending_B = rows.uncached_B & ~rows.done_B
-    cached_B = rows.start_B - jnp.where(pending_B, W, 0)
+    positions_BT, cached_B, pending_B = own_BW, rows.start_B, jnp.zeros(len(own_BW), bool)
     if commit:
+        pending_B = rows.uncached_B
+        cached_B = rows.start_B - jnp.where(pending_B, W, 0)
         previous_BW = slice_rows(rows.tokens_BT, jnp.maximum(cached_B, 0), W)
         x_BTD = jnp.concatenate([embed(params, previous_BW), x_BTD], axis=1)
         positions_BT = jnp.concatenate([own_BW - W, own_BW], axis=1)
@@ -194,38 +202,39 @@ def forward_blocks(params: Params, rows: Rows, config: ModelConfig, *, commit: b
     return unembed(params, out.hidden_BTD[:, -W:]), rows
 
 
-def decode_step(rows: Rows, logits_BWV, keys_B, embed_tokens, policy: Policy, mask_id: int, eos_id: int) -> Rows:
+def decode_step(rows: Rows, logits_BWV, keys_B, policy: Policy, mask_id: int, eos_id: int) -> Rows:
     """One step of the policy on every row's block; a block is left when it has stopped or has had all its forwards."""
     step_keys_B = jax.vmap(jax.random.fold_in)(keys_B, rows.forwards_B)
-    block = STEPS[type(policy)](rows.block, logits_BWV, step_keys_B, embed_tokens, policy, mask_id)
+    block, prediction = read_logits(rows.block, logits_BWV, step_keys_B, policy, mask_id)
+    block, stopped_B = STEPS[type(policy)](block, prediction, policy, mask_id)
     block = block.replace(step_B=block.step_B + 1)
     W = block.tokens_BW.shape[1]
     most = W if policy.max_steps is None else jnp.minimum(W, policy.max_steps)
-    left_B = block.stopped_B | (block.step_B >= most)
+    left_B = stopped_B | (block.step_B >= most)
+    final_BW = block.tokens_BW
     if policy.fill_leftover_masks:
-        block = fill_leftover_masks(block, left_B, logits_BWV, mask_id)
-    return leave_blocks(rows, block, left_B, embed_tokens, mask_id, eos_id)
+        final_BW = jnp.where(block.active_BW & (final_BW == mask_id), prediction.others_BW, final_BW)
+    if rows.trace is not None:
+        shown = block.replace(tokens_BW=freeze(left_B, old=final_BW, new=block.tokens_BW))
+        rows = rows.replace(trace=record(rows, shown, stopped_B))
+    return leave_blocks(rows, block, final_BW, left_B, mask_id, eos_id)
+
+
+def read_logits(block: Block, logits_BWV, keys_B, policy: Policy, mask_id: int) -> tuple[Block, Prediction]:
+    """What a forward predicts; with the credit method, after the logits have been raised by what was predicted."""
+    if not isinstance(policy, CreditPolicy):
+        return block, predict(logits_BWV, mask_id, policy.temperature, keys_B)
+    plain = predict(logits_BWV, mask_id)
+    block, raised_BWV = add_credit(block, logits_BWV, plain, policy, mask_id)
+    return block, predict(raised_BWV, mask_id, policy.temperature, keys_B).replace(others_BW=plain.others_BW)
 
 
 def tell(on_blocks: BlockListener, old: Rows, new: Rows) -> None:
     """Calls the listener if a row has left its block between two states."""
-    left_B = (new.start_B != old.start_B) | (new.done_B & ~old.done_B)
+    left_B = new.start_B != old.start_B
     tokens_BW = slice_rows(new.tokens_BT, old.start_B, old.block.tokens_BW.shape[1])
 
     def call() -> None:
         io_callback(on_blocks, None, left_B, old.start_B, tokens_BW)
 
     jax.lax.cond(jnp.any(left_B) & is_first_share(), call, lambda: None)
-
-
-def fill_leftover_masks(block: Block, left_B: jax.Array, logits_BWV: jax.Array, mask_id: int) -> Block:
-    """Gives masks that are left in a finished block their best other token."""
-    leftover_BW = left_B[:, None] & block.active_BW & (block.tokens_BW == mask_id)
-
-    def fill() -> jax.Array:
-        V = logits_BWV.shape[-1]
-        is_mask_V = first_token(V) + jnp.arange(V) == mask_id
-        other_BWV = jnp.where(is_mask_V[None, None], -jnp.inf, logits_BWV)
-        return jnp.where(leftover_BW, best_tokens(other_BWV, other_BWV)[0], block.tokens_BW)
-
-    return block.replace(tokens_BW=jax.lax.cond(jnp.any(leftover_BW), fill, lambda: block.tokens_BW))

@@ -29,14 +29,21 @@ def empty_trace(rows: int, forwards: int, block_length: int) -> Trace:
 class Rows:
     tokens_BT: jax.Array  # prompt, finished blocks, masks; the current block is written when it is left
     block: Block
-    start_B: jax.Array  # position of the current block
+    start_B: jax.Array  # position of the current block; the end, once the row is done
     end_B: jax.Array  # total length
-    uncached_B: jax.Array  # the block before the current one is not yet in the cache
     forwards_B: jax.Array
-    done_B: jax.Array
     cache: KVCache
     trace: Trace | None
     active_experts: jax.Array | None = None  # per sparse layer: experts that a forward ran, summed over the forwards
+
+    @property
+    def done_B(self) -> jax.Array:
+        return self.start_B >= self.end_B
+
+    @property
+    def uncached_B(self) -> jax.Array:
+        """Rows whose last forward left a block: it is not yet in the cache."""
+        return ~self.done_B & (self.block.step_B == 0) & (self.forwards_B > 0)
 
 
 def slice_rows(tokens_BT: jax.Array, start_B: jax.Array, width: int) -> jax.Array:
@@ -44,46 +51,36 @@ def slice_rows(tokens_BT: jax.Array, start_B: jax.Array, width: int) -> jax.Arra
     return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, width))(tokens_BT, start_B)
 
 
-def record(rows: Rows, block: Block) -> Trace:
-    """Adds the block after this forward to the trace of every row that is not done."""
+def record(rows: Rows, block: Block, stopped_B: jax.Array) -> Trace:
+    """The trace with the block after this forward, of every row that is not done."""
     W = block.tokens_BW.shape[1]
-    row_B = jnp.arange(rows.done_B.shape[0])
+    row_B = jnp.arange(rows.start_B.shape[0])
     # An index past the end drops the write: rows that are done stay as they are.
     at_B = jnp.where(rows.done_B, rows.trace.block_BF.shape[1], rows.forwards_B)
     return Trace(
         block_BF=rows.trace.block_BF.at[row_B, at_B].set(rows.start_B // W, mode="drop"),
         tokens_BFW=rows.trace.tokens_BFW.at[row_B, at_B].set(block.tokens_BW, mode="drop"),
         confidence_BFW=rows.trace.confidence_BFW.at[row_B, at_B].set(block.confidence_BW, mode="drop"),
-        stop_BF=rows.trace.stop_BF.at[row_B, at_B].set(block.stopped_B, mode="drop"),
+        stop_BF=rows.trace.stop_BF.at[row_B, at_B].set(stopped_B, mode="drop"),
     )
 
 
-def leave_blocks(rows: Rows, block: Block, left_B: jax.Array, embed, mask_id: int, eos_id: int) -> Rows:
-    """Takes over a step's outcome: rows in `left_B` write their block and enter the next one, or are done.
+def leave_blocks(rows: Rows, block: Block, final_BW: jax.Array, left_B: jax.Array, mask_id: int, eos_id: int) -> Rows:
+    """Takes over a step's outcome: rows in `left_B` write `final_BW` and enter the next block, all masks, or are done.
 
     An EOS in the decoded part of a block fills everything after the block with EOS. Rows that were done stay as they
     are.
     """
-    T, W = rows.tokens_BT.shape[1], block.tokens_BW.shape[1]
+    T, W = rows.tokens_BT.shape[1], final_BW.shape[1]
     at_BT = jnp.arange(T)[None] - rows.start_B[:, None]
-    own_BT = jnp.take_along_axis(block.tokens_BW, jnp.clip(at_BT, 0, W - 1), axis=1)
+    own_BT = jnp.take_along_axis(final_BW, jnp.clip(at_BT, 0, W - 1), axis=1)
     written_BT = jnp.where((at_BT >= 0) & (at_BT < W), own_BT, rows.tokens_BT)
-    ended_B = jnp.any((block.tokens_BW == eos_id) & block.active_BW, axis=1)
+    ended_B = jnp.any((final_BW == eos_id) & block.active_BW, axis=1)
     written_BT = jnp.where(ended_B[:, None] & (at_BT >= W), eos_id, written_BT)
-    last_B = ended_B | (rows.start_B + W >= rows.end_B)
+    next_B = jnp.where(ended_B, rows.end_B, rows.start_B + W)
+    fresh = enter_block(jnp.full_like(final_BW, mask_id), mask_id, block.credit_BWV)
 
-    bare = rows.replace(cache=(), trace=None, active_experts=None)
-    next_B = jnp.where(last_B, rows.start_B, rows.start_B + W)
-    fresh = enter_block(slice_rows(written_BT, next_B, W), embed, mask_id, block.credit_BWV)
-    left = bare.replace(
-        tokens_BT=written_BT,
-        block=freeze(last_B, old=block, new=fresh),
-        start_B=next_B,
-        uncached_B=~last_B,
-        done_B=last_B,
-    )
-    stayed = bare.replace(block=block, uncached_B=jnp.zeros_like(rows.done_B))
-    moved = freeze(left_B, old=left, new=stayed).replace(forwards_B=rows.forwards_B + 1)
-    frozen = freeze(rows.done_B, old=bare, new=moved)
-    trace = None if rows.trace is None else record(rows, block)
-    return frozen.replace(cache=rows.cache, trace=trace, active_experts=rows.active_experts)
+    left, stayed = (written_BT, next_B, fresh), (rows.tokens_BT, rows.start_B, block)
+    old, new = (rows.tokens_BT, rows.start_B, rows.block), freeze(left_B, old=left, new=stayed)
+    tokens_BT, start_B, block = freeze(rows.done_B, old=old, new=new)
+    return rows.replace(tokens_BT=tokens_BT, start_B=start_B, block=block, forwards_B=rows.forwards_B + ~rows.done_B)

@@ -1,21 +1,24 @@
 """Soft Parallel Decoding: one step of a block (paper, section 3.3), and its ablations."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
-from dmax_jax.decoding.block import Block, predict_tokens
+from dmax_jax.decoding.block import Block
 from dmax_jax.decoding.policies import SpdPolicy
+from dmax_jax.decoding.prediction import Prediction
 from dmax_jax.model.promotion import promoted_anywhere, promoted_prefix
 from dmax_jax.model.soft_embedding import soft_embedding
 
 
-def spd_step(block: Block, logits_BWV: jax.Array, keys_B: jax.Array, embed, policy: SpdPolicy, mask_id: int) -> Block:
-    """Promotes a prefix of the masked region, predicts every decoded token again, and softens what is decoded.
+def spd_step(block: Block, prediction: Prediction, policy: SpdPolicy, mask_id: int) -> tuple[Block, jax.Array]:
+    """Promotes a prefix of the masked region and predicts every decoded token again.
 
-    `embed` maps tokens [...] to embeddings [..., D]. A block stops when every active position is accepted or nothing
-    changed; the write of that last step stands.
+    Returns the block and whether it stops [B]: when every active position is accepted or nothing changed. The write of
+    that last step stands.
     """
-    predicted_BW, confidence_BW = predict_tokens(logits_BWV, policy.temperature, keys_B)
+    predicted_BW, confidence_BW = prediction.tokens_BW, prediction.confidence_BW
     masked_BW = block.tokens_BW == mask_id
     promoted = promoted_prefix if policy.contiguous_prefix else promoted_anywhere
     update_BW = promoted(masked_BW, confidence_BW, policy.threshold) | (block.active_BW & ~masked_BW)
@@ -30,19 +33,19 @@ def spd_step(block: Block, logits_BWV: jax.Array, keys_B: jax.Array, embed, poli
         "confidence": accepted_B,
         "never": jnp.zeros_like(accepted_B),
     }
-    embeddings_BWD = embed(tokens_BW)
-    if policy.embedding != "hard":
-        soft_BW = block.active_BW & (tokens_BW != mask_id)
-        mixed_BWD = soft_embedding(
-            embed(predicted_BW),
-            embed(jnp.asarray(mask_id)),
-            confidence_BW,
-            renormalise=policy.embedding == "soft",
-        )
-        embeddings_BWD = jnp.where(soft_BW[:, :, None], mixed_BWD.astype(embeddings_BWD.dtype), embeddings_BWD)
-    return block.replace(
-        tokens_BW=tokens_BW,
-        embeddings_BWD=embeddings_BWD,
-        confidence_BW=confidence_BW,
-        stopped_B=rules[policy.stop],
-    )
+    return block.replace(tokens_BW=tokens_BW, confidence_BW=confidence_BW), rules[policy.stop]
+
+
+def embed_softly(block: Block, embed: Callable[[jax.Array], jax.Array], policy: SpdPolicy, mask_id: int) -> jax.Array:
+    """Input of the block's next forward [B, W, D]: what is decoded is mixed with the mask, the rest is hard.
+
+    `embed` maps tokens [...] to embeddings [..., D]. A decoded token is the last forward's prediction, so the block's
+    confidence is its own.
+    """
+    hard_BWD = embed(block.tokens_BW)
+    if policy.embedding == "hard":
+        return hard_BWD
+    soft_BW = block.active_BW & (block.tokens_BW != mask_id)
+    mask_D = embed(jnp.asarray(mask_id))
+    mixed_BWD = soft_embedding(hard_BWD, mask_D, block.confidence_BW, renormalise=policy.embedding == "soft")
+    return jnp.where(soft_BW[:, :, None], mixed_BWD.astype(hard_BWD.dtype), hard_BWD)

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 def promoted_prefix(masked_BW: jax.Array, confidence_BW: jax.Array, threshold: float | jax.Array) -> jax.Array:
     """The masked positions left of the first unsure masked one; the left-most masked position if there are none."""
     unsure_BW = masked_BW & (confidence_BW < threshold)
-    prefix_BW = masked_BW & (jnp.cumsum(unsure_BW, axis=-1) == 0)
-    leftmost_BW = masked_BW & (jnp.cumsum(masked_BW, axis=-1) == 1)
-    return jnp.where(jnp.any(prefix_BW, axis=-1, keepdims=True), prefix_BW, leftmost_BW)
+    # A prefix has the left-most position in it.
+    return masked_BW & ((jnp.cumsum(unsure_BW, axis=-1) == 0) | (jnp.cumsum(masked_BW, axis=-1) == 1))
 
 
 def promoted_anywhere(masked_BW: jax.Array, confidence_BW: jax.Array, threshold: float | jax.Array) -> jax.Array:

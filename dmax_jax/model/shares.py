@@ -60,19 +60,9 @@ def first_token(own_tokens: int) -> int | jax.Array:
     return 0 if shares() == 1 else lax.axis_index(AXIS) * own_tokens
 
 
-def of_best_share(score_BW: jax.Array, *values_BW: jax.Array) -> tuple[int | jax.Array, ...]:
-    """Which share has the highest score, position by position (of equals the first), and its `values`."""
-    if shares() == 1:
-        return 0, *values_BW
-    score_CBW, values_CBW = lax.all_gather((score_BW, values_BW), AXIS)  # C shares
-    best_1BW = jnp.argmax(score_CBW, axis=0, keepdims=True).astype(jnp.int32)
-    return best_1BW[0], *[jnp.take_along_axis(value_CBW, best_1BW, axis=0)[0] for value_CBW in values_CBW]
-
-
-def logsumexp_over_shares(logits_BWV: jax.Array) -> jax.Array:
-    """log(sum(exp)) over the last axis of all shares: [B, W]."""
-    own_BW = jax.nn.logsumexp(logits_BWV, axis=-1)
-    return own_BW if shares() == 1 else jax.nn.logsumexp(lax.all_gather(own_BW, AXIS), axis=0)
+def gather_shares(tree):
+    """Every share's arrays, stacked along a new first axis."""
+    return jax.tree.map(lambda x: x[None], tree) if shares() == 1 else lax.all_gather(tree, AXIS)
 
 
 def _own_share(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dmax_jax.decoding.block import Block
+from dmax_jax.decoding.generate import STEPS, read_logits
 
 VOCABULARY, MASK, EOS = 12, 11, 10
 TABLE = np.random.default_rng(0).normal(size=(VOCABULARY, 6)).astype(np.float32)
@@ -20,7 +21,14 @@ def make_block(tokens, active=None) -> Block:
     tokens_BW = np.array([tokens], np.int32)
     active_BW = tokens_BW == MASK if active is None else np.array([active], bool)
     unsure_BW = np.zeros(tokens_BW.shape, np.float32)
-    return Block(tokens_BW, active_BW, TABLE[tokens_BW], unsure_BW, np.zeros(1, np.int32), np.zeros(1, bool))
+    return Block(tokens_BW, active_BW, unsure_BW, np.zeros(1, np.int32))
+
+
+@jax.jit
+def step(block: Block, logits_BWV, policy, keys_B=KEYS) -> tuple[Block, jax.Array]:
+    """The block after a step of the policy, and whether it stops."""
+    block, prediction = read_logits(block, logits_BWV, keys_B, policy, MASK)
+    return STEPS[type(policy)](block, prediction, policy, MASK)
 
 
 def make_logits(tokens, confidences) -> np.ndarray:

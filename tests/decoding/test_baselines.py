@@ -2,27 +2,18 @@ import jax
 import numpy as np
 import pytest
 
-from dmax_jax.decoding.baselines import credit_step, hierarchical_step, threshold_step
-from dmax_jax.decoding.block import predict_tokens
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, ThresholdPolicy
-from tests.decoding.blocks import KEYS, MASK, TABLE, VOCABULARY, embed, make_block, make_logits
-
-STEPS = {ThresholdPolicy: threshold_step, HierarchicalPolicy: hierarchical_step, CreditPolicy: credit_step}
-
+from dmax_jax.decoding.prediction import predict
+from tests.decoding.blocks import MASK, VOCABULARY, make_block, make_logits, step
 
 ROW_KEYS = jax.random.split(jax.random.key(0), 4)
 
 
-@jax.jit
-def step(block, logits, policy, keys=KEYS):
-    return STEPS[type(policy)](block, logits, keys, embed, policy, MASK)
-
-
 def assert_step(policy, before, predicted, confidence, after, stopped):
-    block = step(make_block(before, active=[True] * len(before)), make_logits(predicted, confidence), policy)
+    whole = make_block(before, active=[True] * len(before))
+    block, found = step(whole, make_logits(predicted, confidence), policy)
     assert block.tokens_BW.tolist() == [after]
-    assert block.stopped_B.tolist() == [stopped]
-    np.testing.assert_array_equal(block.embeddings_BWD[0], TABLE[after])
+    assert found.tolist() == [stopped]
 
 
 @pytest.mark.parametrize(
@@ -45,8 +36,9 @@ def test_threshold(before, predicted, confidence, after, stopped):
 
 def test_a_confidence_equal_to_the_threshold_is_enough():
     logits = make_logits([1, 2], [0.9, 0.6])
-    threshold = float(predict_tokens(logits, 0.0, KEYS)[1][0, 1])
-    assert step(make_block([MASK, MASK]), logits, ThresholdPolicy(threshold=threshold)).tokens_BW.tolist() == [[1, 2]]
+    threshold = float(predict(logits, MASK).confidence_BW[0, 1])
+    block, _ = step(make_block([MASK, MASK]), logits, ThresholdPolicy(threshold=threshold))
+    assert block.tokens_BW.tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -73,10 +65,11 @@ def test_hierarchical(before, predicted, confidence, after, stopped):
 
 def test_hierarchical_thresholds_themselves_are_not_enough():
     logits = make_logits([1, 2, 3], [0.9, 0.6, 0.4])
-    high, low = (float(p) for p in predict_tokens(logits, 0.0, KEYS)[1][0, 1:])
+    high, low = (float(p) for p in predict(logits, MASK).confidence_BW[0, 1:])
     policy = HierarchicalPolicy(threshold=high, low_threshold=low)
-    assert step(make_block([MASK, MASK, MASK]), logits, policy).tokens_BW.tolist() == [[1, MASK, MASK]]
-    apart = step(make_block([MASK, 5, MASK]), make_logits([1, 9, 3], [0.9, 0.6, 0.4]), policy)
+    together, _ = step(make_block([MASK, MASK, MASK]), logits, policy)
+    assert together.tokens_BW.tolist() == [[1, MASK, MASK]]
+    apart, _ = step(make_block([MASK, 5, MASK]), make_logits([1, 9, 3], [0.9, 0.6, 0.4]), policy)
     assert apart.tokens_BW.tolist() == [[1, 5, MASK]]
 
 
@@ -112,23 +105,23 @@ def test_credit(policy, seed):
     block = make_block(before).replace(credit_BWV=np.zeros((1, 8, VOCABULARY), np.float32))
     plain = make_block(before)
     for logits, (tokens, credit) in zip(logits_steps, credit_reference(before, logits_steps, policy), strict=True):
-        block = step(block, logits[None], policy)
-        plain = step(plain, logits[None], ThresholdPolicy(threshold=policy.threshold))
+        block, _ = step(block, logits[None], policy)
+        plain, _ = step(plain, logits[None], ThresholdPolicy(threshold=policy.threshold))
         assert block.tokens_BW[0].tolist() == tokens
         np.testing.assert_allclose(block.credit_BWV[0], credit, rtol=1e-5, atol=1e-6)
     if policy.alpha > 1:
         assert plain.tokens_BW.tolist() != block.tokens_BW.tolist()  # the credit had a say
 
 
-@pytest.mark.parametrize("policy", list(STEPS))
+@pytest.mark.parametrize("policy", [ThresholdPolicy, HierarchicalPolicy, CreditPolicy])
 def test_rows_are_independent_and_a_temperature_draws_by_the_rows_key(policy):
     policy = policy(threshold=0.1, temperature=1.0)
     credit = np.zeros((1, 4, VOCABULARY), np.float32)
     rows = [make_block(tokens) for tokens in ([MASK] * 4, [1, MASK, MASK, 2], [MASK] * 4, [MASK] * 4)]
     blocks = jax.tree.map(lambda *leaves: np.concatenate(leaves), *(row.replace(credit_BWV=credit) for row in rows))
     logits = np.concatenate([make_logits([1 + row // 2, 2, 3, 4], [0.3, 0.2, 0.4, 0.25]) for row in range(4)])
-    tokens = np.asarray(step(blocks, logits, policy, ROW_KEYS).tokens_BW)
+    tokens = np.asarray(step(blocks, logits, policy, ROW_KEYS)[0].tokens_BW)
     order = np.array([2, 0, 3, 1])
-    shuffled = step(jax.tree.map(lambda leaf: leaf[order], blocks), logits[order], policy, ROW_KEYS[order])
+    shuffled, _ = step(jax.tree.map(lambda leaf: leaf[order], blocks), logits[order], policy, ROW_KEYS[order])
     np.testing.assert_array_equal(shuffled.tokens_BW, tokens[order])
     assert tokens[2].tolist() != tokens[3].tolist()  # they differ in the key alone

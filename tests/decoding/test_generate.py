@@ -11,13 +11,13 @@ import pytest
 
 from dmax_jax.decoding.batch import DecodeSettings, decode_prompts
 from dmax_jax.decoding.block import enter_block
-from dmax_jax.decoding.generate import STEPS
+from dmax_jax.decoding.generate import STEPS, embed_block, read_logits
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding_flags import parse_mesh
 from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.params import cast_params, param_shardings
 from dmax_jax.model.quantisation import quantise_params
-from dmax_jax.model.transformer import embed, transformer, unembed
+from dmax_jax.model.transformer import transformer, unembed
 from dmax_jax.sharding import DECODE, make_mesh
 from tests.models import SMALL, small_params
 
@@ -58,10 +58,13 @@ def recomputed_logits(params, x_TD, start):
     return unembed(params, jax.lax.dynamic_slice_in_dim(out.hidden_BTD, start, WIDTH, axis=1))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def one_step(kind, params, block, logits_BWV, key, forward, policy):
-    keys_B = jax.random.fold_in(key, forward)[None]
-    return STEPS[kind](block, logits_BWV, keys_B, functools.partial(embed, params), policy, MASK)
+@jax.jit
+def one_step(block, logits_BWV, key, forward, policy):
+    block, prediction = read_logits(block, logits_BWV, jax.random.fold_in(key, forward)[None], policy, MASK)
+    return STEPS[type(policy)](block, prediction, policy, MASK)
+
+
+embed_alone = jax.jit(embed_block)
 
 
 def decode_without_cache(params, prompt, policy, key, eos_id):
@@ -74,20 +77,20 @@ def decode_without_cache(params, prompt, policy, key, eos_id):
     for start in range(len(prompt) // WIDTH * WIDTH, total, WIDTH):
         own = slice(start, start + WIDTH)
         credit = np.zeros((1, WIDTH, SMALL.vocab_size), np.float32) if isinstance(policy, CreditPolicy) else None
-        block = enter_block(tokens[None, own], lambda ids: table[ids], MASK, credit)
+        block = enter_block(tokens[None, own], MASK, credit)
         for step in range(WIDTH):
             x_TD = table[tokens]
-            x_TD[own] = block.embeddings_BWD[0]
+            x_TD[own] = embed_alone(params, block, policy, MASK)[0]
             logits = recomputed_logits(params, x_TD, start)
-            block = one_step(type(policy), params, block, logits, key, forwards, policy)
+            block, stopped = one_step(block, logits, key, forwards, policy)
             forwards += 1
             decoded = np.array(block.tokens_BW[0])
-            leaves = bool(block.stopped_B[0]) or step == WIDTH - 1
+            leaves = bool(stopped[0]) or step == WIDTH - 1
             if leaves:
                 others = np.array(logits[0])
                 others[:, MASK] = -np.inf
                 decoded = np.where(decoded == MASK, others.argmax(-1), decoded)
-            trace.append((start // WIDTH, step, decoded.tolist(), bool(block.stopped_B[0])))
+            trace.append((start // WIDTH, step, decoded.tolist(), bool(stopped[0])))
             if leaves:
                 break
         tokens[own] = decoded
@@ -95,6 +98,15 @@ def decode_without_cache(params, prompt, policy, key, eos_id):
             tokens[start + WIDTH :] = eos_id
             break
     return tokens[len(prompt) : total].tolist(), forwards, trace
+
+
+@pytest.mark.parametrize("method", POLICIES)
+def test_only_soft_decoding_feeds_soft_embeddings(params, method):
+    tokens_BW, unsure_BW = jnp.array([[3, MASK, 5, 7]]), jnp.full((1, WIDTH), 0.5)
+    block = enter_block(jnp.full((1, WIDTH), MASK), MASK).replace(tokens_BW=tokens_BW, confidence_BW=unsure_BW)
+    is_hard_BW = (embed_alone(params, block, POLICIES[method], MASK) == params.embed[tokens_BW]).all(-1)
+    soft = "spd" in method
+    assert is_hard_BW.tolist() == [[not soft, True, not soft, not soft]]
 
 
 def outcome(answer):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dmax_jax.decoding.block import enter_block
-from dmax_jax.decoding.generate import decode_step, fill_leftover_masks
+from dmax_jax.decoding.generate import decode_step
 from dmax_jax.decoding.policies import SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding.rows import Rows, empty_trace, slice_rows
-from tests.decoding.blocks import EOS, MASK, embed, make_logits
+from tests.decoding.blocks import EOS, MASK, make_logits
 
 WIDTH, TOTAL = 4, 12
 SURE = [0.95] * WIDTH
@@ -23,15 +23,12 @@ def make_rows(*prompts: list[int], end: int = TOTAL, start: int = 0) -> Rows:
     for row, prompt in enumerate(prompts):
         tokens_BT[row, : len(prompt)] = prompt
     start_B = np.full(B, start, np.int32)
-    none_B = np.zeros(B, np.int32)
     return Rows(
         tokens_BT=tokens_BT,
-        block=enter_block(tokens_BT[:, start : start + WIDTH], lambda tokens: np.asarray(embed(tokens)), MASK),
+        block=jax.tree.map(np.asarray, enter_block(tokens_BT[:, start : start + WIDTH], MASK)),
         start_B=start_B,
         end_B=np.full(B, end, np.int32),
-        uncached_B=none_B > 0,
-        forwards_B=none_B,
-        done_B=none_B > 0,
+        forwards_B=np.zeros(B, np.int32),
         cache=(),
         trace=empty_trace(B, TOTAL, WIDTH),
     )
@@ -39,12 +36,12 @@ def make_rows(*prompts: list[int], end: int = TOTAL, start: int = 0) -> Rows:
 
 @jax.jit
 def forward(rows: Rows, logits_BWV, policy, keys_B) -> Rows:
-    return decode_step(rows, logits_BWV, keys_B, embed, policy, MASK, EOS)
+    return decode_step(rows, logits_BWV, keys_B, policy, MASK, EOS)
 
 
 def decode(rows: Rows, *steps: list[tuple[list[int], list[float]]], policy=QUICK) -> Rows:
     """Each step gives every row its predictions and confidences."""
-    keys_B = jax.random.split(jax.random.key(0), rows.done_B.shape[0])
+    keys_B = jax.random.split(jax.random.key(0), rows.start_B.shape[0])
     for step in steps:
         rows = forward(rows, np.concatenate([make_logits(*row) for row in step]), policy, keys_B)
     return rows
@@ -62,7 +59,7 @@ def test_a_block_that_stops_is_written_and_the_next_one_entered():
     assert tokens_of(rows) == [[1, 2, 3, 4, *M4, *M4]]  # the prompt's tail stays
     assert (rows.start_B.tolist(), rows.forwards_B.tolist()) == ([4], [1])
     assert (rows.uncached_B.tolist(), rows.done_B.tolist()) == ([True], [False])
-    fresh = enter_block(jnp.array([M4]), embed, MASK)
+    fresh = enter_block(jnp.array([M4]), MASK)
     jax.tree.map(np.testing.assert_array_equal, rows.block, fresh)
 
 
@@ -166,10 +163,15 @@ def test_masks_that_are_left_over_get_the_best_other_token(fill):
 
 
 def test_masks_are_filled_only_in_blocks_that_are_left():
-    rows = make_rows([1], [1])
-    logits = np.concatenate([make_logits([9, 2, 3, 4], SURE)] * 2)
-    filled = jax.jit(fill_leftover_masks)(rows.block, jnp.array([True, False]), logits, MASK)
-    assert filled.tokens_BW.tolist() == [[1, 2, 3, 4], [1, MASK, MASK, MASK]]
+    """The second row's block has had one more position to commit."""
+    logits = np.concatenate([make_logits([9, 2, 3, MASK], SURE), make_logits([9, 2, 3, 4], [0.95, 0.95, 0.5, 0.5])])
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    rows = forward(make_rows([1], [1]), logits, QUICK, keys_B)
+    assert rows.block.tokens_BW.tolist() == [[1, 2, 3, MASK], [1, 2, MASK, MASK]]
+    rows = forward(rows, np.concatenate([make_logits([9, 2, 3, MASK], SURE)] * 2), QUICK, keys_B)
+    assert rows.start_B.tolist() == [4, 0]
+    assert tokens_of(rows)[0][:4] == [1, 2, 3, 0]  # of equals the lowest
+    assert rows.block.tokens_BW[1].tolist() == [1, 2, 3, MASK]
 
 
 def test_slices_start_where_each_row_says():

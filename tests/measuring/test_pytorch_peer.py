@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmax_jax import command
-from dmax_jax.decoding.block import predict_tokens
+from dmax_jax.decoding.prediction import predict
 from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.params import Moe
 from dmax_jax.model.soft_embedding import soft_embedding
@@ -115,8 +115,8 @@ def test_next_embeddings_equal_the_projects():
     rng = np.random.default_rng(0)
     logits_BTV = rng.normal(scale=3, size=(2, BLOCK, 48)).astype(np.float32)
     embed_VD = rng.normal(size=(48, 32)).astype(np.float32)
-    tokens_BT, confidence_BT = predict_tokens(jnp.asarray(logits_BTV), 0, None)
-    expected = soft_embedding(embed_VD[tokens_BT], jnp.asarray(embed_VD[47]), confidence_BT)
+    own = predict(jnp.asarray(logits_BTV), mask_id=47)
+    expected = soft_embedding(embed_VD[own.tokens_BW], jnp.asarray(embed_VD[47]), own.confidence_BW)
     found = peer.next_embeddings(torch.from_numpy(logits_BTV), torch.from_numpy(embed_VD), 47)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 

@@ -9,10 +9,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from dmax_jax.config import MeshConfig
-from dmax_jax.decoding.block import best_tokens, enter_block, predict_tokens
-from dmax_jax.decoding.generate import fill_leftover_masks
+from dmax_jax.decoding.prediction import predict
 from dmax_jax.kernels import hopper
-from dmax_jax.kernels.expert_choice import choose_by_ranks, weigh_in_registers
+from dmax_jax.kernels.expert_choice import choose_by_counting, choose_by_ranks
 from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.shares import AXIS, run_on_shares, shares
 from dmax_jax.model.transformer import embed, transformer, unembed
@@ -29,13 +28,14 @@ def mesh_of_parts(parts: int):
 
 
 def predictions(params, config, tokens_BT, keys_B, temperature):
-    """The tokens that come out, and their probability."""
+    """The tokens that come out, their probability, and the best tokens but the mask."""
     positions = jnp.arange(tokens_BT.shape[1])[None]
     out = transformer(params, embed(params, tokens_BT), positions, block_causal_mask(len(positions[0]), 4), config)
     logits_BWV = unembed(params, out.hidden_BTD)
     assert logits_BWV.shape[-1] * shares() == config.vocab_size
     assert out.kv[0].k_BSKH.shape[2] == max(1, 2 // shares())
-    return predict_tokens(logits_BWV, temperature, keys_B)
+    prediction = predict(logits_BWV, config.mask_token_id, temperature, keys_B)
+    return prediction.tokens_BW, prediction.confidence_BW, prediction.others_BW
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
@@ -43,40 +43,13 @@ def predictions(params, config, tokens_BT, keys_B, temperature):
 def test_parts_make_up_the_whole(config, temperature):
     params, keys_B = random_params(config), jax.random.split(jax.random.key(1), 2)
     run = functools.partial(predictions, temperature=temperature)
-    tokens_BT, confidence_BT = jax.jit(run, static_argnums=1)(params, config, TOKENS_BT, keys_B)
+    tokens_BT, confidence_BT, others_BT = jax.jit(run, static_argnums=1)(params, config, TOKENS_BT, keys_B)
     for parts in (1, 2, 4):
         shared = jax.jit(functools.partial(run_on_shares, run), static_argnums=(1, 2))
-        found_BT, found_confidence_BT = shared(params, config, mesh_of_parts(parts), TOKENS_BT, keys_B)
+        found_BT, found_confidence_BT, found_others_BT = shared(params, config, mesh_of_parts(parts), TOKENS_BT, keys_B)
         np.testing.assert_array_equal(found_BT, tokens_BT)
+        np.testing.assert_array_equal(found_others_BT, others_BT)
         np.testing.assert_allclose(found_confidence_BT, confidence_BT, rtol=2e-5)
-
-
-def test_of_equal_scores_the_lowest_token_counts():
-    scores_BWV = np.zeros((1, 3, 8), np.float32)
-    scores_BWV[0, 0, [3, 5]] = 1  # in both halves
-    scores_BWV[0, 1, [6, 7]] = 1  # in the second
-    split = jax.shard_map(
-        lambda x: best_tokens(x, 2 * x),
-        mesh=mesh_of_parts(2), in_specs=PartitionSpec(None, None, AXIS), out_specs=PartitionSpec(), check_vma=False,
-    )  # fmt: skip
-    for best in (split, lambda x: best_tokens(x, 2 * x)):
-        tokens_BW, logits_BW = best(jnp.asarray(scores_BWV))
-        assert tokens_BW.tolist() == [[3, 6, 0]]
-        assert logits_BW.tolist() == [[2, 2, 0]]
-
-
-@pytest.mark.parametrize("mask_id", [3, 6])
-def test_masks_that_are_left_get_the_best_other_token_of_all_shares(mask_id):
-    logits_BWV = np.zeros((1, 2, 8), np.float32)
-    logits_BWV[0, :, [mask_id, 2, 7]] = [[9, 9], [1, 2], [2, 1]]  # mask, low and high token, at both positions
-    block = enter_block(jnp.full((1, 2), mask_id), lambda ids: jnp.zeros((*ids.shape, 1)), mask_id)
-
-    def fill(logits_BWV):
-        return fill_leftover_masks(block, jnp.array([True]), logits_BWV, mask_id).tokens_BW
-
-    own, whole = PartitionSpec(None, None, AXIS), PartitionSpec()
-    split = jax.shard_map(fill, mesh=mesh_of_parts(2), in_specs=own, out_specs=whole, check_vma=False)
-    assert jax.jit(split)(logits_BWV).tolist() == [[7, 2]]
 
 
 def test_kernels_run_where_a_device_works_by_itself(monkeypatch):
@@ -107,10 +80,10 @@ def test_a_kernel_runs_on_a_mesh():
     settings = {"groups": 8, "kept_groups": 4, "experts_per_row": 4, "scale": 2.5}
 
     def on_mesh(scores_ME, interpret):
-        kernel = functools.partial(weigh_in_registers, **settings, interpret=interpret)
+        kernel = functools.partial(choose_by_counting, **settings, interpret=interpret)
         whole, mesh = PartitionSpec(), mesh_of_parts(1)
         run = jax.shard_map(kernel, mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=False)
-        return jax.jit(run)(scores_ME, scores_ME)
+        return jax.jit(run)(scores_ME, scores_ME).weights_ME
 
     expected = choose_by_ranks(scores_ME, scores_ME, **settings).weights_ME
     np.testing.assert_allclose(interpreted(on_mesh, scores_ME), expected, atol=1e-6)
@@ -121,6 +94,6 @@ def test_axes_of_the_mesh_that_decoding_does_not_use_repeat_the_work():
     params = random_params(SMALL)
     run = functools.partial(predictions, temperature=0.0)
     keys_B = jax.random.split(jax.random.key(1), 2)
-    expected, _ = jax.jit(run, static_argnums=1)(params, SMALL, TOKENS_BT, keys_B)
+    expected, *_ = jax.jit(run, static_argnums=1)(params, SMALL, TOKENS_BT, keys_B)
     shared = jax.jit(functools.partial(run_on_shares, run), static_argnums=(1, 2))
     np.testing.assert_array_equal(shared(params, SMALL, mesh, TOKENS_BT, keys_B)[0], expected)
