@@ -12,7 +12,7 @@ from dmax_jax.config import MeshConfig
 from dmax_jax.decoding.block import best_tokens, enter_block, predict_tokens
 from dmax_jax.decoding.generate import fill_leftover_masks
 from dmax_jax.kernels import hopper
-from dmax_jax.kernels.expert_choice import choose_by_ranks, weigh_in_registers
+from dmax_jax.kernels.expert_choice import choose_by_counting, choose_by_ranks
 from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.shares import AXIS, run_on_shares, shares
 from dmax_jax.model.transformer import embed, transformer, unembed
@@ -107,10 +107,10 @@ def test_a_kernel_runs_on_a_mesh():
     settings = {"groups": 8, "kept_groups": 4, "experts_per_row": 4, "scale": 2.5}
 
     def on_mesh(scores_ME, interpret):
-        kernel = functools.partial(weigh_in_registers, **settings, interpret=interpret)
+        kernel = functools.partial(choose_by_counting, **settings, interpret=interpret)
         whole, mesh = PartitionSpec(), mesh_of_parts(1)
         run = jax.shard_map(kernel, mesh=mesh, in_specs=(whole, whole), out_specs=whole, check_vma=False)
-        return jax.jit(run)(scores_ME, scores_ME)
+        return jax.jit(run)(scores_ME, scores_ME).weights_ME
 
     expected = choose_by_ranks(scores_ME, scores_ME, **settings).weights_ME
     np.testing.assert_allclose(interpreted(on_mesh, scores_ME), expected, atol=1e-6)
