@@ -148,7 +148,7 @@ def test_devices_that_share_the_model_give_the_same_tokens(params, batched, devi
 
 def test_shared_8_bit_weights_give_the_same_tokens(params):
     quantised = quantise_params(params, SMALL, "int8")
-    shared = quantise_params(share(params, 2), SMALL)
+    shared = quantise_params(share(params, 2), SMALL, "int8")
     assert shared.layers[1].mlp.experts.down.values.sharding.shard_shape((6, 32, 16)) == (6, 32, 8)
     expected = [outcome(answer) for answer in decode(quantised, POLICIES["spd"])]
     assert [outcome(answer) for answer in decode(shared, POLICIES["spd"])] == expected
