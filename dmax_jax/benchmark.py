@@ -215,6 +215,8 @@ def table(record: dict[str, Any]) -> str:
         "active experts": f"{sum(active) / len(active):.1f} per sparse layer ({min(active):.1f} to {max(active):.1f})"
         if active
         else "none: no layer is sparse",
+        "repeats": f"{'the same tokens in all' if record['same_tokens'] else 'NOT the same tokens in all'}"
+        + ("" if record["bytes_left_over"] is None else f", {record['bytes_left_over']:,} bytes left over"),
         "tokens/s": f"{record['tps']:.0f} at {record['tpf']:g} tokens per forward and row, prefill excluded",
         "prefill": f"{record['prefill_ms']:.2f} ms for {record['batch_size']} x {record['context']} positions",
         "start": f"weights {record['weights_seconds']:.1f} s, compilation {record['compile_seconds']:.1f} s",

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.hopper import ROWS, differentiated_as, is_hopper, kernel, signal, wait_for
+from dmax_jax.kernels.hopper import ROWS, differentiated_as, filled_up, is_hopper, kernel, signal, wait_for
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
 MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every 64
@@ -75,11 +75,6 @@ def listed(weights_ME: jax.Array) -> Choice:
     columns_EM = jnp.pad(weights_ME.T, ((0, 0), (0, filled_up(M) - M)))
     ids_E, upto_E = list_active(jnp.any(weights_ME > 0, axis=0))
     return Choice(weights_ME, columns_EM, jnp.concatenate([jnp.zeros(E, jnp.int32), ids_E]), upto_E)
-
-
-def filled_up(rows: int) -> int:
-    """Rows of the kernels that work on as many: a power of two from 16 on, or a multiple of 64."""
-    return max(16, 1 << (rows - 1).bit_length()) if rows <= ROWS else rows + -rows % ROWS
 
 
 def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -51,6 +51,11 @@ def multiprocessors() -> int:
     return getattr(jax.devices()[0], "core_count", None) or 132
 
 
+def filled_up(rows: int) -> int:
+    """Rows of the kernels that work on as many: a power of two from 16 on, or a multiple of 64."""
+    return max(16, 1 << (rows - 1).bit_length()) if rows <= ROWS else rows + -rows % ROWS
+
+
 def shared_tile(shape: tuple[int, ...], dtype: jnp.dtype):
     """Shared memory for tiles `[..., rows, columns]` in the order that the matrix units read.
 

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.expert_choice import Choice, filled_up
+from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import (
     MAX_ROWS,
     PARAMS,
@@ -31,7 +31,7 @@ from dmax_jax.kernels.expert_tiles import (
     stage_depth,
     suits_kernels,
 )
-from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, kernel, multiprocessors, signal, wait_for
+from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, kernel, multiprocessors, signal, wait_for
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
 

@@ -58,7 +58,9 @@ class DecodeTimes:
     prefill_ms: float
     compile_seconds: float
     active_experts: list[float]  # per sparse layer, mean over the timed forwards
-    peak_bytes: int | None  # of one device, weights included; None where the backend doesn't say
+    same_tokens: bool  # in all repeats
+    bytes_left_over: int | None  # of one device's memory, in use after the last repeat and not after the first
+    peak_bytes: int | None  # of one device, weights included; None, like the other, where the backend doesn't say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,23 +88,33 @@ def time_decoding(params: Params, config: ModelConfig, problem: DecodeProblem) -
     run = compile_decoding(params, config, problem)
     compile_seconds = time.perf_counter() - start
     few, many = 1, 1 + problem.blocks
-    seconds = {blocks: [] for blocks in (few, many)}
-    for repeat in range(-1, problem.repeats):  # the first is a warm-up
-        for blocks, times in seconds.items():
+    seconds, tokens, in_use = {few: [], many: []}, {few: [], many: []}, []
+    for _ in range(1 + problem.repeats):  # the first is a warm-up
+        for blocks in (few, many):
             start = time.perf_counter()
-            jax.block_until_ready(run(blocks))
-            times += [time.perf_counter() - start] * (repeat >= 0)
-    per_forward = [(long - short) / problem.forwards for short, long in zip(*seconds.values(), strict=True)]
+            generation = jax.block_until_ready(run(blocks))
+            seconds[blocks].append(time.perf_counter() - start)
+            tokens[blocks].append(np.asarray(generation.tokens_BT))
+            del generation
+        in_use.append(memory_of(params).get("bytes_in_use"))
+    short, long = (times[1:] for times in seconds.values())
+    per_forward = [(all_blocks - one) / problem.forwards for one, all_blocks in zip(short, long, strict=True)]
     ms_per_forward = 1e3 * statistics.median(per_forward)
-    statistics_of_device = next(iter(params.embed.devices())).memory_stats() or {}
     return DecodeTimes(
         ms_per_forward=ms_per_forward,
         slowest_ms_per_forward=1e3 * max(per_forward),
-        prefill_ms=1e3 * statistics.median(seconds[few]) - problem.steps_per_block * ms_per_forward,
+        prefill_ms=1e3 * statistics.median(short) - problem.steps_per_block * ms_per_forward,
         compile_seconds=compile_seconds,
         active_experts=mean_active_experts(params, config, problem),
-        peak_bytes=statistics_of_device.get("peak_bytes_in_use"),
+        same_tokens=all(np.array_equal(again, same[0]) for same in tokens.values() for again in same),
+        bytes_left_over=None if in_use[0] is None else in_use[-1] - in_use[0],
+        peak_bytes=memory_of(params).get("peak_bytes_in_use"),
     )
+
+
+def memory_of(params: Params) -> dict[str, int]:
+    """What one of the devices says of its memory; nothing on a CPU."""
+    return next(iter(params.embed.devices())).memory_stats() or {}
 
 
 def compile_decoding(

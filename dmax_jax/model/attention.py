@@ -7,13 +7,15 @@ from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
 from dmax_jax.kernels.decode_attention import decode_attention
 from dmax_jax.kernels.layers import rms_norm, rotate
-from dmax_jax.kernels.quantised_weight import project
+from dmax_jax.kernels.projection import project_rows
 from dmax_jax.model.cache import LayerKV
 from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
 from dmax_jax.model.params import Attention
+from dmax_jax.model.shares import project_over_shares
 
 
 def attention(
+    residual_BTD: jax.Array,
     x_BTD: jax.Array,
     weights: Attention,
     angles: tuple[jax.Array, jax.Array],
@@ -21,14 +23,14 @@ def attention(
     cached: LayerKV | None,
     config: ModelConfig,
 ) -> tuple[jax.Array, LayerKV]:
-    """Attends from T positions; returns the output [B, T, D] and the T new keys and values.
+    """Attends from T positions; returns the residual plus the output, [B, T, D], and the T new keys and values.
 
     `visible` is a mask [B, T, S] over S = cached + T positions, true where one may be seen, whose batch axis may be 1;
     or CachedBlocks; or a BlockPattern, in which `cached` are the T positions of the stream with the earlier blocks.
     """
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv_BTNH = project(x_BTD, weights.qkv).reshape(B, T, N + 2 * K, H)
+    qkv_BTNH = project_rows(x_BTD, weights.qkv).reshape(B, T, N + 2 * K, H)
     if isinstance(visible, CachedBlocks):
         out_BTNH, k_BTKH = decode_attention(
             qkv_BTNH,
@@ -40,7 +42,8 @@ def attention(
             block_length=visible.block_length,
             eps=config.rms_norm_eps,
         )
-        return project(out_BTNH.reshape(B, T, N * H), weights.out), LayerKV(k_BTKH, qkv_BTNH[:, :, N + K :])
+        new = LayerKV(k_BTKH, qkv_BTNH[:, :, N + K :])
+        return project_over_shares(out_BTNH.reshape(B, T, N * H), weights.out, residual_BTD), new
     q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, (N, N + K), axis=2)
     q_BTNH = rotate(rms_norm(q_BTNH, weights.q_norm, config.rms_norm_eps), *angles)
     k_BTKH = rotate(rms_norm(k_BTKH, weights.k_norm, config.rms_norm_eps), *angles)
@@ -52,4 +55,4 @@ def attention(
     else:
         seen = new if cached is None else jax.tree.map(lambda old, own: jnp.concatenate([old, own], 1), cached, new)
         out_BTNH = masked_attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible)
-    return project(out_BTNH.reshape(B, T, N * H), weights.out), new
+    return project_over_shares(out_BTNH.reshape(B, T, N * H), weights.out, residual_BTD), new

@@ -15,6 +15,8 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from dmax_jax.config import ModelConfig
+from dmax_jax.kernels.projection import project_rows
+from dmax_jax.kernels.quantised_weight import Weight
 from dmax_jax.model.params import Attention, Params, param_shardings
 from dmax_jax.model.quantisation import quantised_shardings, weights_kind
 from dmax_jax.sharding import DECODE
@@ -53,6 +55,13 @@ def is_first_share() -> bool | jax.Array:
 def sum_over_shares(part: jax.Array) -> jax.Array:
     """The sum of every device's part."""
     return part if shares() == 1 else lax.psum(part, AXIS)
+
+
+def project_over_shares(x: jax.Array, weight: Weight, residual: jax.Array) -> jax.Array:
+    """The residual plus the product of `x` with a matrix, of both of which every device has some columns."""
+    if shares() == 1:
+        return project_rows(x, weight, residual)
+    return residual + sum_over_shares(project_rows(x, weight))
 
 
 def first_token(own_tokens: int) -> int | jax.Array:

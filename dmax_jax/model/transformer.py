@@ -58,8 +58,7 @@ def transformer(
 def _layer(x_BTD, layer: Layer, angles, visible, cached, config: ModelConfig):
     with jax.named_scope("attention"):
         normal_BTD = rms_norm(x_BTD, layer.attention_norm, config.rms_norm_eps)
-        out_BTD, new = attention(normal_BTD, layer.attention, angles, visible, cached, config)
-        x_BTD = x_BTD + sum_over_shares(out_BTD)
+        x_BTD, new = attention(x_BTD, normal_BTD, layer.attention, angles, visible, cached, config)
     with jax.named_scope("mlp"):
         normal_BTD = rms_norm(x_BTD, layer.mlp_norm, config.rms_norm_eps)
         if not isinstance(layer.mlp, Moe):

@@ -124,7 +124,7 @@ def test_parameters_are_placed_by_shardings():
     shardings = param_shardings(config, make_mesh(MeshConfig(data=1, expert=2, tensor=4)), DECODE)
     params = load_params(TINY, config, shardings=shardings)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == shardings
-    assert params.layers[1].mlp.experts.gate.addressable_shards[0].data.shape == (8, 8, 64)
+    assert params.layers[1].mlp.experts.gate.addressable_shards[0].data.shape == (16, 8, 64)
     jax.tree.map(np.testing.assert_array_equal, params, load(TINY))
 
 

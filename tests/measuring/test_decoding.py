@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmax_jax.decoding.generate import Generation
 from dmax_jax.errors import InputError
 from dmax_jax.measuring import decoding
 from dmax_jax.measuring.decoding import (
@@ -78,17 +79,22 @@ def test_required_bytes_of_8_bit_weights_by_hand():
     assert needed.cache == required_bytes(small_params(), SMALL, PROBLEM, [2.5]).cache
 
 
-def test_a_forward_is_what_more_blocks_take_and_the_rest_is_the_prefill(monkeypatch):
+@pytest.mark.parametrize("drift", [0, 1])
+def test_a_forward_is_what_more_blocks_take_and_the_rest_is_the_prefill(monkeypatch, drift):
     clock = [0.0]
 
     def run(blocks):
+        last = clock[0] > 100
         clock[0] += 10 + 3 * blocks * PROBLEM.steps_per_block
+        tokens_BT = np.full((2, 8), blocks + drift * last)
+        return Generation(tokens_BT, total_B=None, forwards_B=None, trace=None, active_experts=None)
 
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
     monkeypatch.setattr(decoding, "compile_decoding", lambda *_: run)
     monkeypatch.setattr(decoding, "mean_active_experts", lambda *_: [])
     times = time_decoding(small_params(), SMALL, PROBLEM)
     assert (times.ms_per_forward, times.slowest_ms_per_forward, times.prefill_ms) == (3000, 3000, 10000)
+    assert times.same_tokens == (not drift)
 
 
 def test_a_model_without_experts_is_measured_too():

@@ -1,0 +1,149 @@
+"""Products of rows with a matrix, and the kernel for few rows: what takes long then is reading the matrix."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dmax_jax.kernels.hopper import (
+    ROWS,
+    differentiated_as,
+    filled_up,
+    is_hopper,
+    kernel,
+    multiprocessors,
+    shared_tile,
+    stages_that_fit,
+)
+from dmax_jax.kernels.quantised_tiles import multiply, values_of
+from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, Weight, project
+
+MAX_ROWS = 128
+MAX_PARTS = 8  # blocks of threads in a cluster
+DEPTH = 128  # columns of the weights in a stage
+
+
+def project_rows(x: jax.Array, weight: Weight, residual: jax.Array | None = None) -> jax.Array:
+    """[..., in] times weight [out, in], plus the residual [..., out] if there is one, in the dtype of `x`: [..., out].
+
+    The product is rounded before the sum, as by `project`.
+    """
+    rows = x.size // x.shape[-1]
+    if not (is_hopper() and suits(x.dtype, rows, weight)):
+        return plain_product(x, weight, residual)
+    x_MD, residual_MF = (None if a is None else a.reshape(rows, a.shape[-1]) for a in (x, residual))
+    product = differentiated_as(plain_product)(streamed_product)
+    return product(x_MD, weight, residual_MF).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def plain_product(x: jax.Array, weight: Weight, residual: jax.Array | None) -> jax.Array:
+    """`project_rows` by XLA."""
+    out = project(x, weight)
+    return out if residual is None else residual + out
+
+
+def suits(dtype: jnp.dtype, rows: int, weight: Weight) -> bool:
+    """Whether `streamed_product` takes these dtypes and sizes, and a block of threads per 64 features runs at once."""
+    F, D = weight.shape
+    known = weight.dtype in (dtype, *KINDS.values()) and dtype == jnp.bfloat16
+    return known and rows <= MAX_ROWS and F % ROWS == D % DEPTH == 0 and multiprocessors() >= F // ROWS
+
+
+def parts_that_fit(rows: int, features: int, depth: int) -> int:
+    """Blocks of threads that share the columns of 64 features, so that most multiprocessors have something to read.
+
+    Each of them joins at least 8 rows' sums.
+    """
+    parts = 1
+    while 2 * parts <= min(MAX_PARTS, rows // 8) and features // ROWS * 2 * parts <= multiprocessors():
+        if depth % (2 * parts * DEPTH):
+            break
+        parts *= 2
+    return parts
+
+
+@kernel("parts")
+def streamed_product(
+    x_MD: jax.Array, weight: Weight, residual_MF: jax.Array | None = None, *, parts: int | None = None, interpret=False
+) -> jax.Array:
+    """`project_rows` of at most 128 rows on a Hopper GPU: [M, F].
+
+    A cluster of `parts` blocks of threads (default: as many as there is room for) has 64 features, each block a part of
+    the columns. The sums go through memory to the others, and each block joins those of its share of the rows.
+    """
+    (M, D), (F, _) = x_MD.shape, weight.shape
+    dtype, rows = x_MD.dtype, filled_up(M)
+    fill = (0, rows - M), (0, 0)
+    x_MD = jnp.pad(x_MD, fill)
+    residual_MF = None if residual_MF is None else jnp.pad(residual_MF, fill)
+    parts = parts or parts_that_fit(rows, F, D)
+    steps, share = D // parts // DEPTH, rows // parts
+    stage_bytes = (ROWS * weight.dtype.itemsize + rows * dtype.itemsize) * DEPTH
+    stages = min(steps, stages_that_fit(stage_bytes, ROWS * rows * 4, most=16))
+    wgmma, turned = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
+
+    def load(ref, layout):
+        return plgpu.load(ref, layout=layout, optimized=False)
+
+    def body(x, weight, residual, out, sums, x_s, weight_s, sums_s, full, written):
+        tile, part = lax.axis_index("tile"), lax.axis_index("part")
+        features, own_rows = pl.ds(tile * ROWS, ROWS), pl.ds(part * share, share)
+
+        def fetch(step):
+            slot, columns = lax.rem(step, stages), pl.ds((part * steps + step) * DEPTH, DEPTH)
+            plgpu.copy_gmem_to_smem(values_of(weight).at[features, columns], weight_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(x.at[:, columns], x_s.at[slot], full.at[slot])
+
+        @pl.loop(0, stages)
+        def _fetch_first(step):
+            fetch(step)
+
+        def add_all(total):
+            @pl.loop(0, steps)
+            def _step(step):
+                slot = lax.rem(step, stages)
+                plgpu.barrier_wait(full.at[slot])
+                multiply(total, weight_s.at[slot], x_s.at[slot].transpose((1, 0)))
+
+                @pl.when(step + stages < steps)
+                def _next():
+                    plgpu.wgmma_wait(0)
+                    fetch(step + stages)
+
+            return total[...]
+
+        sums_s[...] = pl.run_scoped(add_all, plgpu.ACC((ROWS, rows), jnp.float32))
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(sums_s, sums.at[tile, part])
+        plgpu.wait_smem_to_gmem(0)  # whole: from here on the others may read it
+        plgpu.barrier_arrive(written)
+        plgpu.barrier_wait(written)
+        total_FM = sum(load(sums.at[tile, number, :, own_rows], wgmma) for number in range(parts))
+        if isinstance(weight, QuantisedWeight):
+            total_FM *= lax.broadcast_in_dim(load(weight.scale.at[features], wgmma.reduce(1)), total_FM.shape, [0])
+        total_FM = plgpu.layout_cast(total_FM.astype(dtype), turned)
+        if residual is not None:
+            total_FM += load(residual.at[own_rows, features].transpose((1, 0)), turned)
+        out.at[own_rows, features].transpose((1, 0))[...] = total_FM
+
+    out_MF, _ = plgpu.kernel(
+        body,
+        out_type=[
+            jax.ShapeDtypeStruct((rows, F), dtype),
+            jax.ShapeDtypeStruct((F // ROWS, parts, ROWS, rows), jnp.float32),
+        ],
+        grid=(F // ROWS,),
+        grid_names=("tile",),
+        cluster=(parts,),
+        cluster_names=("part",),
+        scratch_types=[
+            shared_tile((stages, rows, DEPTH), dtype),
+            shared_tile((stages, ROWS, DEPTH), weight.dtype),
+            shared_tile((ROWS, rows), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.ClusterBarrier(collective_axes=("part",)),
+        ],
+        interpret=interpret,
+    )(x_MD, weight, residual_MF)
+    return out_MF[:M]
