@@ -73,7 +73,8 @@ def test_a_block_that_goes_on_is_not_written_yet():
     assert (rows.start_B.tolist(), rows.forwards_B.tolist(), rows.uncached_B.tolist()) == ([4], [2], [True])
 
 
-def test_the_previous_block_is_committed_once():
+def test_the_previous_block_is_committed_once_and_the_prompt_not_again():
+    assert make_rows([1, 2, 3, 4, 5], start=4).uncached_B.tolist() == [False]
     rows = decode(make_rows([1, 2]), [([9, 9, 3, 4], SURE)], [([5, 6, 7, 8], [0.95, 0.5, 0.5, 0.5])])
     assert rows.uncached_B.tolist() == [False]
 
