@@ -205,6 +205,6 @@ class DecodingFlags:
 def parse_mesh(text: str) -> MeshConfig:
     """`tensor:2` as a MeshConfig whose other axes are 1: in decoding they would repeat the work."""
     axis, _, size = text.partition(":")
-    if axis != "tensor" or not size.isdigit():
+    if axis != "tensor" or not size.isdecimal():
         raise InputError(f"--mesh={text}: write tensor:N, for the N devices that share the model")
     return MeshConfig(data=1, expert=1, tensor=int(size))

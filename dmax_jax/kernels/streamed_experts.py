@@ -37,9 +37,10 @@ from dmax_jax.kernels.quantised_weight import QuantisedWeight
 
 
 def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
-    """Whether the rows are few, and the shared expert is like the others."""
+    """Whether the rows are few, the shared expert is like the others, and down's features are not too many."""
     alike = all(a.shape[1:] == b.shape and a.dtype == b.dtype for a, b in zip(experts, shared, strict=True))
-    return suits_kernels(x_MD, experts) and alike and len(x_MD) <= MAX_ROWS
+    enough_blocks = x_MD.shape[1] // WIDTH <= multiprocessors()
+    return suits_kernels(x_MD, experts) and alike and len(x_MD) <= MAX_ROWS and enough_blocks
 
 
 def streamed_experts(
@@ -66,8 +67,9 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
     The parts are float32; M is 16, 32, 64 or 128, and the weights have at least M columns. First, blocks of threads
     walk over tiles of (expert, 64 features) of gate and up, and then each one multiplies some of the experts by 128
     features of down. The counters before the ids in `lists_L` count the tiles of every two experts that are done, which
-    down waits for. So all blocks have to run at once: at most one per multiprocessor, no other such kernel beside it,
-    no vmap. As every block makes its tiles before it waits for another's, all of them are made.
+    down waits for. So all blocks have to run at once: at most one per multiprocessor, no other such kernel beside it
+    (nor another process's, under MPS), no vmap. As every block makes its tiles before it waits for another's, all of
+    them are made.
     """
     (M, D), (E, F, _) = x_MD.shape, experts[0].shape
     dtype, weight_dtype = x_MD.dtype, experts[0].dtype

@@ -28,7 +28,9 @@ Result = TypeVar("Result")
 def run_on_shares(function: Callable[..., Result], params: Params, config: ModelConfig, mesh: Mesh, *rest) -> Result:
     """Calls `function(params, config, *rest)` on every device, with its share of the parameters.
 
-    The config has the share's numbers of heads. The result is that of any device: it must be the same on all.
+    The config has the share's numbers of heads. The result is that of any device: it must be the same on all, to the
+    last bit, as a loop that ended on one of them alone would leave the others waiting. So all run one executable, and
+    are devices of one process.
     """
 
     def run(params: Params, *rest) -> Result:

@@ -124,9 +124,7 @@ def answer_pieces(study: Study, workdir: pathlib.Path, kinds: Iterable[str]) -> 
         return [row(ANSWER_SEED, index, "train") for index in range(study.answers)]
 
     def answer(shard: Shard) -> None:
-        settings = DecodeSettings(
-            gen_length=study.gen_length, batch_size=study.answers_batch, deterministic=study.run.deterministic
-        )
+        settings = decode_settings(study, batch_size=study.answers_batch)
         model = load_model(study, checkpoint_directory(study.base))
         output = workdir / "answers.jsonl"
         write_trajectories(model, questions(), ThresholdPolicy(), settings, output, shard=shard, show_progress=True)
@@ -146,6 +144,11 @@ def answer_pieces(study: Study, workdir: pathlib.Path, kinds: Iterable[str]) -> 
         path = workdir / "task_answers.jsonl"
         pieces.append(piece(path, functools.partial(copy, path)))
     return pieces
+
+
+def decode_settings(study: Study, **own) -> DecodeSettings:
+    """How a study decodes: as deterministically as it trains."""
+    return DecodeSettings(gen_length=study.gen_length, deterministic=study.run.deterministic, **own)
 
 
 def count_shards(study: Study) -> int:
@@ -226,12 +229,7 @@ def load_model(study: Study, directory: pathlib.Path) -> LoadedModel:
 
 def measure_row(study: Study, row: Row, model: LoadedModel, seed: int) -> dict[str, Any]:
     """Every threshold of a row, with each problem's outcome."""
-    settings = DecodeSettings(
-        gen_length=study.gen_length,
-        block_length=row.block_length,
-        batch_size=study.batch_size,
-        deterministic=study.run.deterministic,
-    )
+    settings = decode_settings(study, batch_size=study.batch_size, block_length=row.block_length)
     problems = load_problems(study.run.data.task, study.samples, study.test_seed)
     points = []
     for threshold in row.thresholds:

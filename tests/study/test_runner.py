@@ -129,6 +129,35 @@ def test_both_kinds_of_answers_are_to_the_same_questions(done, tmp_path, monkeyp
     assert rows == [story(1, index, "train") for index in range(4)]
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_decoding_is_as_deterministic_as_training(tmp_path, monkeypatch, deterministic):
+    study = make_study()
+    own = (dataclasses.replace(study.trainings[0], data="own"),)
+    study = dataclasses.replace(
+        study, trainings=own, run=dataclasses.replace(study.run, deterministic=deterministic), answers_batch=2
+    )
+    seen = []
+
+    def write(model, rows, policy, settings, output, *, shard, **_):
+        seen.append(settings)
+        shard.path(output).write_text("{}")
+
+    def evaluate(params, config, tokenizer, problems, policy, settings):
+        seen.append(settings)
+        raise InputError("enough")
+
+    monkeypatch.setattr(runner, "write_trajectories", write)
+    monkeypatch.setattr(runner, "evaluate", evaluate)
+    monkeypatch.setattr(runner, "train", lambda run, *_: seen.append(run) or False)
+    assert not run_study(study, tmp_path, ["spd"])
+    with pytest.raises(InputError, match="enough"):
+        run_study(study, tmp_path, ["base"])
+    answers, _, run, points = seen
+    assert (answers.batch_size, answers.gen_length) == (2, 32)
+    assert (points.batch_size, points.gen_length) == (3, 32)
+    assert [answers.deterministic, run.deterministic, points.deterministic] == [deterministic] * 3
+
+
 def test_what_takes_longest_comes_first(tmp_path):
     study = make_study()
     longer = dataclasses.replace(study.trainings[0], name="long", steps=9, seeds=1)
