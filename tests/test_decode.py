@@ -95,8 +95,7 @@ def test_golden_cases_in_arrays_of_their_own_size(name, number, tmp_path):
     assert_decodes_as_official(tmp_path, name, golden_cases(name)[number])
 
 
-@pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize(("name", "number"), [("tiny", -2), ("calm", 25)])
+@pytest.mark.parametrize(("name", "number", "devices"), [("tiny", -2, 2), ("calm", 25, 4)])
 def test_golden_cases_on_several_devices(name, number, devices, tmp_path):
     assert_decodes_as_official(tmp_path, name, golden_cases(name)[number], f"--mesh=tensor:{devices}")
 

@@ -38,8 +38,7 @@ def predictions(params, config, tokens_BT, keys_B, temperature):
     return prediction.tokens_BW, prediction.confidence_BW, prediction.others_BW
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("config", [SMALL, MANY_EXPERTS], ids=["few experts", "many experts"])
+@pytest.mark.parametrize(("config", "temperature"), [(SMALL, 0.0), (MANY_EXPERTS, 0.8)])
 def test_parts_make_up_the_whole(config, temperature):
     params, keys_B = random_params(config), jax.random.split(jax.random.key(1), 2)
     run = functools.partial(predictions, temperature=temperature)
