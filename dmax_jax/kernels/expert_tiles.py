@@ -52,13 +52,18 @@ def expert_at(ids, place: jax.Array, experts: int) -> jax.Array:
     return jnp.minimum(ids[jnp.minimum(place, ids.shape[0] - 1)], experts - 1)
 
 
-def products(stream: Stream, weights_s, rows_s, start, stop) -> jax.Array:
-    """Sums weights times rows over the stages of some steps: [64, M] float32, by one warpgroup."""
+def products(stream: Stream, weights_s, rows_s, start, stop, *, meanwhile=None) -> jax.Array:
+    """Sums weights times rows over the stages of some steps: [64, M] float32, by one warpgroup.
+
+    `meanwhile()` is called once, when the first stage has been used and the next one is still on its way.
+    """
 
     def multiply_all(total):
         @pl.loop(start, stop)
         def _step(step):
             stream.use(step, lambda slot: multiply(total, weights_s.at[slot], rows_s.at[slot].transpose((1, 0))))
+            if meanwhile:
+                pl.when(step == start)(meanwhile)
 
         return total[...]
 
@@ -74,18 +79,25 @@ def exchange(rows: int, dtype) -> list:
     return [shared_tile((ROWS, rows), jnp.float32), shared_tile((rows, ROWS), dtype), plgpu.Barrier(), plgpu.Barrier()]
 
 
-def make_hidden(turns, product, weights_of, write, raised_s, hidden_s, raised_full, raised_empty) -> None:
+def make_hidden(turns, product, weights_of, target, raised_s, hidden_s, raised_full, raised_empty, announce=None):
     """silu(gate x) * (up x) * weight for the tiles of 64 features of this block of threads, by two warpgroups.
 
-    `product(turn, matrix)` is a tile's product with gate (0) or up (1), which the second warpgroup hands to the first;
-    `weights_of(turn)` are the rows' weights, and `write(turn)` copies what then stands in `hidden_s`.
+    `product(turn, matrix, meanwhile)` is a tile's product with gate (0) or up (1), which the second warpgroup hands to
+    the first; `weights_of(turn)` are the rows' weights, and `target(turn)` is where in global memory the tile goes.
+    `announce(turn)` is called when it has got there: while the next tile's stages come, so that no product waits for
+    it, or at the end.
     """
+
+    def written(turn):
+        plgpu.wait_smem_to_gmem(0)
+        if announce:
+            announce(turn)
 
     @pl.when(lax.axis_index("warpgroup") == 1)
     def _raise():
         @pl.loop(0, turns)
         def _tile(turn):
-            raised = product(turn, 1)
+            raised = product(turn, 1, None)
 
             @pl.when(turn > 0)
             def _wait():
@@ -103,18 +115,19 @@ def make_hidden(turns, product, weights_of, write, raised_s, hidden_s, raised_fu
         @pl.loop(0, turns)
         def _tile(turn):
             weight_M = weights_of(turn)
-            gated = product(turn, 0)
+            gated = product(turn, 0, lambda: pl.when(turn > 0)(lambda: written(turn - 1)))
             plgpu.barrier_wait(raised_full)
             raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
             plgpu.barrier_arrive(raised_empty)
             hidden_FM = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, gated.shape, [1])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left its buffer
             hidden_FM = plgpu.layout_cast(hidden_FM.astype(hidden_s.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
             hidden_s.transpose((1, 0))[...] = hidden_FM
             plgpu.commit_smem()
-            write(turn)
+            plgpu.copy_smem_to_gmem(hidden_s, target(turn))
 
-        plgpu.wait_smem_to_gmem(0)
+        @pl.when(turns > 0)
+        def _last():
+            written(turns - 1)
 
 
 def row_weights(weights, rows: int) -> jax.Array:

@@ -62,16 +62,17 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
         def _multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def product(turn, matrix):
+            def product(turn, matrix, meanwhile):
                 tile, channels = place(turn)
                 scale = load_scale(matrices[matrix], expert_at(ids, tile, E), None, 0.0, channels)
-                return scaled(products(stream, weights_s.at[matrix], rows_s, turn * steps, (turn + 1) * steps), scale)
+                of_turn = turn * steps, (turn + 1) * steps
+                return scaled(products(stream, weights_s.at[matrix], rows_s, *of_turn, meanwhile=meanwhile), scale)
 
-            def write(turn):
+            def target(turn):
                 tile, channels = place(turn)
-                plgpu.copy_smem_to_gmem(exchanged[1], out.at[tile, :, channels])
+                return out.at[tile, :, channels]
 
-            make_hidden(own, product, lambda turn: row_weights(weights.at[place(turn)[0]], R), write, *exchanged)
+            make_hidden(own, product, lambda turn: row_weights(weights.at[place(turn)[0]], R), target, *exchanged)
 
     return plgpu.kernel(
         body,

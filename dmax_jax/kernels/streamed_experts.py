@@ -151,23 +151,24 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
                 expert, channels = expert_at(ids, listed, E), pl.ds(start, ROWS)
                 return load_scale(experts[matrix], expert, shared[matrix], share_of(listed), channels)
 
-            def product(turn, matrix):
+            def product(turn, matrix, meanwhile):
                 scale = scale_of(matrix, *place(turn))
                 steps = turn * hidden_steps, (turn + 1) * hidden_steps
-                return scaled(products(stream, weights_s.at[matrix], rows_s, *steps), scale)
+                return scaled(products(stream, weights_s.at[matrix], rows_s, *steps, meanwhile=meanwhile), scale)
 
             def weights_of(turn):
                 listed, _ = place(turn)
                 share = share_of(listed)
                 return row_weights(weights.at[expert_at(ids, listed, E)], M) * (1 - share) + share
 
-            def write(turn):
+            def target(turn):
                 listed, start = place(turn)
-                plgpu.copy_smem_to_gmem(exchanged[1], hidden.at[listed, :, pl.ds(start, ROWS)])
-                plgpu.wait_smem_to_gmem(0)
-                signal(done(listed))
+                return hidden.at[listed, :, pl.ds(start, ROWS)]
 
-            make_hidden(turns, product, weights_of, write, *exchanged)
+            def announce(turn):
+                signal(done(place(turn)[0]))
+
+            make_hidden(turns, product, weights_of, target, *exchanged, announce=announce)
             own_s, own = weights_s.at[warpgroup], pl.ds(feature * WIDTH + warpgroup * ROWS, ROWS)
 
             def add_scaled(turn, total_DM):
