@@ -2,7 +2,8 @@
 
 Weights are the left factor of the matrix units' products, in the orientation of the checkpoint, and rows the right one,
 so the sums are transposed. One warpgroup fetches both through a ring of buffers; two multiply, each its own half of the
-weights. Rows stand in shared memory as in global memory, [rows, columns], in both of an expert's products.
+weights; one writes hidden features to global memory. Rows stand in shared memory as in global memory, [rows, columns],
+in both of an expert's products.
 """
 
 import math
@@ -18,7 +19,8 @@ from dmax_jax.kernels.quantised_tiles import multiply
 from dmax_jax.kernels.quantised_weight import KINDS, Weight
 
 MAX_ROWS = 128
-WARPGROUPS = 2  # that multiply; one more fetches
+WARPGROUPS = 2  # that multiply
+FETCHER, WRITER = WARPGROUPS, WARPGROUPS + 1  # one more fetches weights and rows, one writes hidden features
 WIDTH = WARPGROUPS * ROWS  # rows of the weights in a stage
 PARAMS = plgpu.CompilerParams(approx_math=True)
 
@@ -32,10 +34,9 @@ def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
     return x_MD.dtype == jnp.bfloat16 and alike and D % WIDTH == F % WIDTH == 0
 
 
-def stage_depth(rows: int, columns: int, dtype: jnp.dtype) -> int:
+def stage_depth(rows: int, columns: int) -> int:
     """Columns of the weights in a stage: few large copies, if the rows leave room for several stages."""
-    together = 128 // dtype.itemsize
-    return math.gcd(2 * together if rows <= 32 * dtype.itemsize else together, columns)
+    return math.gcd(256 if rows <= 64 else 128, columns)
 
 
 def ring(rows: int, depth: int, row_dtype, weight_dtype, other_bytes: int) -> tuple[int, list]:
@@ -52,18 +53,13 @@ def expert_at(ids, place: jax.Array, experts: int) -> jax.Array:
     return jnp.minimum(ids[jnp.minimum(place, ids.shape[0] - 1)], experts - 1)
 
 
-def products(stream: Stream, weights_s, rows_s, start, stop, *, meanwhile=None) -> jax.Array:
-    """Sums weights times rows over the stages of some steps: [64, M] float32, by one warpgroup.
-
-    `meanwhile()` is called once, when the first stage has been used and the next one is still on its way.
-    """
+def products(stream: Stream, weights_s, rows_s, start, stop) -> jax.Array:
+    """Sums weights times rows over the stages of some steps: [64, M] float32, by one warpgroup."""
 
     def multiply_all(total):
         @pl.loop(start, stop)
         def _step(step):
             stream.use(step, lambda slot: multiply(total, weights_s.at[slot], rows_s.at[slot].transpose((1, 0))))
-            if meanwhile:
-                pl.when(step == start)(meanwhile)
 
         return total[...]
 
@@ -75,59 +71,60 @@ def exchange_bytes(rows: int, dtype) -> int:
 
 
 def exchange(rows: int, dtype) -> list:
-    """The scratch of `make_hidden`."""
-    return [shared_tile((ROWS, rows), jnp.float32), shared_tile((rows, ROWS), dtype), plgpu.Barrier(), plgpu.Barrier()]
+    """The scratch of `make_hidden` and `write_hidden`: a tile of up's product, one of hidden features, barriers."""
+    return [shared_tile((ROWS, rows), jnp.float32), shared_tile((rows, ROWS), dtype), *[plgpu.Barrier()] * 4]
 
 
-def make_hidden(turns, product, weights_of, target, raised_s, hidden_s, raised_full, raised_empty, announce=None):
+def make_hidden(turns, product, weights_of, raised_s, hidden_s, raised_full, raised_empty, full, empty) -> None:
     """silu(gate x) * (up x) * weight for the tiles of 64 features of this block of threads, by two warpgroups.
 
-    `product(turn, matrix, meanwhile)` is a tile's product with gate (0) or up (1), which the second warpgroup hands to
-    the first; `weights_of(turn)` are the rows' weights, and `target(turn)` is where in global memory the tile goes.
-    `announce(turn)` is called when it has got there: while the next tile's stages come, so that no product waits for
-    it, or at the end.
+    `product(turn, matrix)` is a tile's product with gate (0) or up (1), which the second warpgroup hands to the first,
+    and `weights_of(turn)` are the rows' weights. Every tile is left in `hidden_s` for `write_hidden`.
     """
-
-    def written(turn):
-        plgpu.wait_smem_to_gmem(0)
-        if announce:
-            announce(turn)
 
     @pl.when(lax.axis_index("warpgroup") == 1)
     def _raise():
         @pl.loop(0, turns)
         def _tile(turn):
-            raised = product(turn, 1, None)
-
-            @pl.when(turn > 0)
-            def _wait():
-                plgpu.barrier_wait(raised_empty)
-
+            raised = product(turn, 1)
+            pl.when(turn > 0)(lambda: plgpu.barrier_wait(raised_empty))
             raised_s[...] = raised
             plgpu.barrier_arrive(raised_full)
 
-        @pl.when(turns > 0)
-        def _last():
-            plgpu.barrier_wait(raised_empty)
+        pl.when(turns > 0)(lambda: plgpu.barrier_wait(raised_empty))
 
     @pl.when(lax.axis_index("warpgroup") == 0)
     def _gate():
         @pl.loop(0, turns)
         def _tile(turn):
             weight_M = weights_of(turn)
-            gated = product(turn, 0, lambda: pl.when(turn > 0)(lambda: written(turn - 1)))
+            gated = product(turn, 0)
             plgpu.barrier_wait(raised_full)
             raised = plgpu.load(raised_s, layout=plgpu.Layout.WGMMA)
             plgpu.barrier_arrive(raised_empty)
             hidden_FM = gated / (1 + jnp.exp(-gated)) * raised * lax.broadcast_in_dim(weight_M, gated.shape, [1])
             hidden_FM = plgpu.layout_cast(hidden_FM.astype(hidden_s.dtype), plgpu.Layout.WGMMA_TRANSPOSED)
+            pl.when(turn > 0)(lambda: plgpu.barrier_wait(empty))
             hidden_s.transpose((1, 0))[...] = hidden_FM
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(hidden_s, target(turn))
+            plgpu.barrier_arrive(full)
 
-        @pl.when(turns > 0)
-        def _last():
-            written(turns - 1)
+        pl.when(turns > 0)(lambda: plgpu.barrier_wait(empty))
+
+
+def write_hidden(turns, target, announce, raised_s, hidden_s, raised_full, raised_empty, full, empty) -> None:
+    """Copies the tiles of `make_hidden` to `target(turn)` in global memory, by a warpgroup that has nothing else to do.
+
+    `announce(turn)` is called when one has got there: that takes about a microsecond, which no product waits for.
+    """
+
+    @pl.loop(0, turns)
+    def _tile(turn):
+        plgpu.barrier_wait(full)
+        plgpu.copy_smem_to_gmem(hidden_s, target(turn))
+        plgpu.wait_smem_to_gmem(0)
+        plgpu.barrier_arrive(empty)
+        announce(turn)
 
 
 def row_weights(weights, rows: int) -> jax.Array:

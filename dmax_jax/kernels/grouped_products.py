@@ -10,9 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_tiles import (
+    FETCHER,
     PARAMS,
     WARPGROUPS,
     WIDTH,
+    WRITER,
     exchange,
     exchange_bytes,
     expert_at,
@@ -21,6 +23,7 @@ from dmax_jax.kernels.expert_tiles import (
     ring,
     row_weights,
     stage_depth,
+    write_hidden,
 )
 from dmax_jax.kernels.hopper import ROWS, Stream, kernel, shared_tile
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
@@ -31,7 +34,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
     """silu(gate x) * (up x) * weight for every tile and its expert: [T, R, F]. `matrices` are gate and up."""
     (T, R, D), (E, F, _) = x_TRD.shape, matrices[0].shape
     dtype, weight_dtype = x_TRD.dtype, matrices[0].dtype
-    depth = stage_depth(R, D, weight_dtype)
+    depth = stage_depth(R, D)
     stages, ring_types = ring(R, depth, dtype, weight_dtype, exchange_bytes(R, dtype))
     features, steps = F // ROWS, D // depth
 
@@ -44,7 +47,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
             at = block + turn * blocks
             return lax.div(at, features), pl.ds(lax.rem(at, features) * ROWS, ROWS)
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == FETCHER)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
@@ -60,26 +63,31 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(216, action="increase")
 
-            def product(turn, matrix, meanwhile):
+            def product(turn, matrix):
                 tile, channels = place(turn)
                 scale = load_scale(matrices[matrix], expert_at(ids, tile, E), None, 0.0, channels)
-                of_turn = turn * steps, (turn + 1) * steps
-                return scaled(products(stream, weights_s.at[matrix], rows_s, *of_turn, meanwhile=meanwhile), scale)
+                return scaled(products(stream, weights_s.at[matrix], rows_s, turn * steps, (turn + 1) * steps), scale)
+
+            make_hidden(own, product, lambda turn: row_weights(weights.at[place(turn)[0]], R), *exchanged)
+
+        @pl.when(warpgroup == WRITER)
+        def _write():
+            plgpu.set_max_registers(40, action="decrease")
 
             def target(turn):
                 tile, channels = place(turn)
                 return out.at[tile, :, channels]
 
-            make_hidden(own, product, lambda turn: row_weights(weights.at[place(turn)[0]], R), target, *exchanged)
+            write_hidden(own, target, lambda turn: None, *exchanged)
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((T, R, F), dtype),
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=WRITER + 1,
         thread_name="warpgroup",
         scratch_types=[*ring_types, *exchange(R, dtype)],
         compiler_params=PARAMS,
@@ -92,7 +100,7 @@ def tile_outputs(hidden_TRF, down_EDF, ids_T, upto, *, blocks: int, interpret=Fa
     """down hidden for every tile and its expert: [T, R, D]."""
     (T, R, F), (E, D, _) = hidden_TRF.shape, down_EDF.shape
     dtype, weight_dtype = hidden_TRF.dtype, down_EDF.dtype
-    depth = stage_depth(R, F, weight_dtype)
+    depth = stage_depth(R, F)
     stages, ring_types = ring(R, depth, dtype, weight_dtype, WIDTH * R * dtype.itemsize)
     features, steps = D // WIDTH, F // depth
 
@@ -105,7 +113,7 @@ def tile_outputs(hidden_TRF, down_EDF, ids_T, upto, *, blocks: int, interpret=Fa
             at = block + turn * blocks
             return lax.div(at, features), pl.ds(lax.rem(at, features) * WIDTH + half * ROWS, ROWS)
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == FETCHER)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
@@ -141,7 +149,7 @@ def tile_outputs(hidden_TRF, down_EDF, ids_T, upto, *, blocks: int, interpret=Fa
         out_type=jax.ShapeDtypeStruct((T, R, D), dtype),
         grid=(blocks,),
         grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
+        num_threads=FETCHER + 1,
         thread_name="warpgroup",
         scratch_types=[*ring_types, shared_tile((WARPGROUPS, R, ROWS), dtype)],
         compiler_params=PARAMS,

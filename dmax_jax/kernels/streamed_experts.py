@@ -16,10 +16,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import (
+    FETCHER,
     MAX_ROWS,
     PARAMS,
     WARPGROUPS,
     WIDTH,
+    WRITER,
     Matrices,
     exchange,
     exchange_bytes,
@@ -30,10 +32,13 @@ from dmax_jax.kernels.expert_tiles import (
     row_weights,
     stage_depth,
     suits_kernels,
+    write_hidden,
 )
 from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, kernel, multiprocessors, signal, wait_for
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
+
+GROUP = 32  # experts whose tiles are counted together: looking at a counter takes longer than fetching a stage
 
 
 def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
@@ -66,14 +71,14 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
 
     The parts are float32; M is 16, 32, 64 or 128, and the weights have at least M columns. First, blocks of threads
     walk over tiles of (expert, 64 features) of gate and up, and then each one multiplies some of the experts by 128
-    features of down. The counters before the ids in `lists_L` count the tiles of every two experts that are done, which
+    features of down. The counters before the ids in `lists_L` count the tiles of every 32 experts that are done, which
     down waits for. So all blocks have to run at once: at most one per multiprocessor, no other such kernel beside it
     (nor another process's, under MPS), no vmap. As every block makes its tiles before it waits for another's, all of
     them are made.
     """
     (M, D), (E, F, _) = x_MD.shape, experts[0].shape
     dtype, weight_dtype = x_MD.dtype, experts[0].dtype
-    depth = math.gcd(stage_depth(M, D, weight_dtype), F)
+    depth = math.gcd(stage_depth(M, D), F)
     stages, ring_types = ring(M, depth, dtype, weight_dtype, exchange_bytes(M, dtype))
     tiles, features = F // ROWS, D // WIDTH
     hidden_steps, out_steps = D // depth, F // depth
@@ -96,10 +101,20 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
             at = block + turn * blocks
             return lax.div(at, tiles), lax.rem(at, tiles) * ROWS
 
-        def done(listed):
-            return lists.at[lax.div(listed, 2)]
+        def done(group):
+            return lists.at[group]
 
-        @pl.when(warpgroup == WARPGROUPS)
+        @pl.when(warpgroup == WRITER)
+        def _write():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def target(turn):
+                listed, start = place(turn)
+                return hidden.at[listed, :, pl.ds(start, ROWS)]
+
+            write_hidden(turns, target, lambda turn: signal(done(lax.div(place(turn)[0], GROUP))), *exchanged)
+
+        @pl.when(warpgroup == FETCHER)
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
@@ -126,15 +141,18 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
 
                 @pl.when(step >= first)
                 def _down():
-                    listed = deal.listed(lax.div(step - first, out_steps))
+                    turn = lax.div(step - first, out_steps)
                     out_step = lax.rem(step - first, out_steps)
+                    listed = deal.listed(turn)
+                    group = lax.div(listed, GROUP)
+                    is_new = (turn == 0) | (group != lax.div(deal.listed(turn - 1), GROUP))
                     columns = pl.ds(out_step * depth, depth)
                     for half in range(WARPGROUPS):
                         fetch(2, half, listed, feature * WIDTH + half * ROWS, columns)
 
-                    @pl.when(out_step == 0)
+                    @pl.when((out_step == 0) & is_new)
                     def _wait():
-                        wait_for(done(listed), jnp.minimum(active - lax.div(listed, 2) * 2, 2) * tiles)
+                        wait_for(done(group), jnp.minimum(active - group * GROUP, GROUP) * tiles)
 
                     plgpu.copy_gmem_to_smem(hidden.at[listed, :, columns], rows_s.at[slot], barrier)
 
@@ -142,7 +160,7 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(216, action="increase")
 
             def share_of(listed):
                 return jnp.where(listed == count, 1.0, 0.0)  # of the shared expert, whose weight is 1
@@ -151,24 +169,17 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
                 expert, channels = expert_at(ids, listed, E), pl.ds(start, ROWS)
                 return load_scale(experts[matrix], expert, shared[matrix], share_of(listed), channels)
 
-            def product(turn, matrix, meanwhile):
+            def product(turn, matrix):
                 scale = scale_of(matrix, *place(turn))
                 steps = turn * hidden_steps, (turn + 1) * hidden_steps
-                return scaled(products(stream, weights_s.at[matrix], rows_s, *steps, meanwhile=meanwhile), scale)
+                return scaled(products(stream, weights_s.at[matrix], rows_s, *steps), scale)
 
             def weights_of(turn):
                 listed, _ = place(turn)
                 share = share_of(listed)
                 return row_weights(weights.at[expert_at(ids, listed, E)], M) * (1 - share) + share
 
-            def target(turn):
-                listed, start = place(turn)
-                return hidden.at[listed, :, pl.ds(start, ROWS)]
-
-            def announce(turn):
-                signal(done(place(turn)[0]))
-
-            make_hidden(turns, product, weights_of, target, *exchanged, announce=announce)
+            make_hidden(turns, product, weights_of, *exchanged)
             own_s, own = weights_s.at[warpgroup], pl.ds(feature * WIDTH + warpgroup * ROWS, ROWS)
 
             def add_scaled(turn, total_DM):
@@ -192,7 +203,7 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
         body,
         out_type=(parts_type, hidden_type),
         **all_at_once(blocks, interpret=interpret),
-        num_threads=WARPGROUPS + 1,
+        num_threads=WRITER + 1,
         thread_name="warpgroup",
         scratch_types=[*ring_types, *exchange(M, dtype)],
         compiler_params=PARAMS,
