@@ -29,7 +29,7 @@ def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
 class SharedList:
     """All experts in the shared memory of a block of threads: the active ones in ascending order, then the others.
 
-    `warpgroups` of the block, the first ones, make the list together; E has to be a multiple of their threads.
+    The first `warpgroups` of the block make the list together; E has to be a multiple of their threads.
     """
 
     def __init__(self, warpgroups: int, upto_s, ids_s, counted, listed):
@@ -37,21 +37,22 @@ class SharedList:
 
     @staticmethod
     def scratch(warpgroups: int, experts: int) -> list:
-        """Arguments of `SharedList` after the first, as a kernel's scratch: 8 bytes per expert and two barriers."""
+        """What `SharedList` takes after the first argument, as a kernel's scratch."""
         numbers_s = plgpu.SMEM((experts,), jnp.int32)
         return [numbers_s, numbers_s, *[plgpu.Barrier(num_arrivals=warpgroups)] * 2]
 
     @staticmethod
-    def bytes(experts: int) -> int:
+    def scratch_bytes(experts: int) -> int:
         return 8 * experts
 
     def make(self, weights) -> None:
         """Lists the experts with a weight above 0 in any row of `weights`, [M, E] in global memory.
 
-        A thread reads all rows of one expert at a time, so that a warp reads what stands side by side.
+        A thread reads all rows of one expert, so that a warp reads numbers that stand side by side. It counts the
+        active experts before its own: those of its warp by a vote, the others by the totals of warps.
         """
         E = weights.shape[1]
-        by_expert = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)
+        by_expert = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)  # every thread has a row of an array
         by_thread = by_expert.reduce(1)
         starts = [first + lax.axis_index("warpgroup") * THREADS for first in range(0, E, self.warpgroups * THREADS)]
         active, upto = [], []

@@ -56,7 +56,7 @@ def streamed_experts(
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
     M, E = choice.weights_ME.shape
     x_MD = jnp.pad(x_MD, ((0, filled_up(M) - M), (0, 0)))
-    weights_ML = jnp.pad(choice.weights_ME, ((0, 0), (0, -E % (WARPGROUPS * THREADS))))
+    weights_ML = jnp.pad(choice.weights_ME, ((0, 0), (0, -E % (WARPGROUPS * THREADS))))  # nothing to do for 256
     inputs = x_MD, tuple(experts), tuple(shared), weights_ML, choice.columns_EM, choice.zeros_E
     parts_PMD = expert_sums(*inputs, blocks=blocks or multiprocessors(), interpret=interpret)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
@@ -78,7 +78,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
     dtype, weight_dtype = x_MD.dtype, experts[0].dtype
     depth = math.gcd(stage_depth(M, D, weight_dtype), F)
     other_types = [*exchange(M, dtype), *SharedList.scratch(WARPGROUPS, weights_ML.shape[1])]
-    other_bytes = exchange_bytes(M, dtype) + SharedList.bytes(weights_ML.shape[1])
+    other_bytes = exchange_bytes(M, dtype) + SharedList.scratch_bytes(weights_ML.shape[1])
     stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes)
     tiles, features = F // ROWS, D // WIDTH
     hidden_steps, out_steps = D // depth, F // depth
