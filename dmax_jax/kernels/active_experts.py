@@ -51,15 +51,19 @@ class SharedList:
         A thread reads all rows of one expert, so that a warp reads numbers that stand side by side. It counts the
         active experts before its own: those of its warp by a vote, the others by the totals of warps.
         """
-        E = weights.shape[1]
+        M, E = weights.shape
         by_expert = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)  # every thread has a row of an array
         by_thread = by_expert.reduce(1)
         starts = [first + lax.axis_index("warpgroup") * THREADS for first in range(0, E, self.warpgroups * THREADS)]
         active, upto = [], []
         for start in starts:
             own = pl.ds(start, THREADS)
-            weights_CM = plgpu.load(weights.at[:, own].transpose((1, 0)), layout=by_expert, optimized=False)
-            active.append(jnp.where(jnp.max(weights_CM, axis=1) > 0, 1, 0))
+            if M == 1:  # for which Mosaic (jax 0.11) finds no layout in two dimensions
+                most_C = plgpu.load(weights.at[0, own], layout=by_thread, optimized=False)
+            else:
+                weights_CM = plgpu.load(weights.at[:, own].transpose((1, 0)), layout=by_expert, optimized=False)
+                most_C = jnp.max(weights_CM, axis=1)
+            active.append(jnp.where(most_C > 0, 1, 0))
             upto.append(sum_in_warp(active[-1], by_thread))
             self.upto_s[own] = upto[-1]
         plgpu.barrier_arrive(self.counted)
