@@ -11,6 +11,8 @@ import pytest
 FLAGS = {"xla_force_host_platform_device_count": "8"}
 if jax.__version__.startswith("0.10."):  # 0.11 has no such flag, and the emitters cost a third of the suite
     FLAGS["xla_cpu_use_fusion_emitters"] = "false"
+else:  # the kernels' interpreter runs: its threads wait for each other in XLA's pool, which must have room for all
+    os.environ.setdefault("NPROC", "64")
 for flag, value in FLAGS.items():
     if flag not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{flag}={value}"

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.hopper import ROWS, differentiated_as, filled_up, is_hopper, kernel, signal, wait_for
+from dmax_jax.kernels.hopper import ROWS, differentiated_as, filled_up, is_hopper, kernel, scatter
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
 MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every 64
@@ -17,20 +17,11 @@ MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every
 
 @struct.dataclass
 class Choice:
-    """What a layer's rows have chosen among its experts, and which of those are active, that is, chosen by any row.
-
-    `lists_L` begins with E zeros, for a kernel to count in, and goes on with the active experts in ascending order and
-    any numbers after them.
-    """
+    """What a layer's rows have chosen among its experts."""
 
     weights_ME: jax.Array  # float32; 0 where a row does not take an expert
     columns_EM: jax.Array  # the same, an expert's weights side by side; filled up with 0 to `filled_up(M)` columns
-    lists_L: jax.Array
-    upto_E: jax.Array  # how many are active up to each one; the last says how many there are
-
-    @property
-    def ids_E(self) -> jax.Array:
-        return self.lists_L[-len(self.upto_E) :]
+    zeros_E: jax.Array  # int32, for a kernel to count in: a program that only wrote them would cost more
 
 
 def choose_experts(
@@ -73,19 +64,7 @@ def listed(weights_ME: jax.Array) -> Choice:
     """The choice that rows with these weights have made."""
     M, E = weights_ME.shape
     columns_EM = jnp.pad(weights_ME.T, ((0, 0), (0, filled_up(M) - M)))
-    ids_E, upto_E = list_active(jnp.any(weights_ME > 0, axis=0))
-    return Choice(weights_ME, columns_EM, jnp.concatenate([jnp.zeros(E, jnp.int32), ids_E]), upto_E)
-
-
-def list_active(active_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Indices of the true entries in ascending order, and how many there are up to each entry.
-
-    Compared and summed rather than sorted or scattered, which a GPU does in few small programs.
-    """
-    order_E = jnp.arange(active_E.shape[0])
-    upto_E = jnp.sum((order_E[None, :] <= order_E[:, None]) & active_E[None, :], axis=1, dtype=jnp.int32)
-    # The a-th active one is the first up to which there are a + 1, so those up to which there are fewer stand before.
-    return jnp.sum(upto_E[None, :] <= order_E[:, None], axis=1, dtype=jnp.int32), upto_E
+    return Choice(weights_ME, columns_EM, jnp.zeros(E, jnp.int32))
 
 
 @kernel("groups", "kept_groups", "experts_per_row", "scale")
@@ -94,9 +73,9 @@ def choose_by_counting(
 ) -> Choice:
     """`choose_experts` in one kernel: a block of threads per row compares all pairs of experts.
 
-    One warpgroup finds the groups that are kept. Meanwhile each of the others compares a chunk of 64 experts, its rows,
-    with each other, and after that with the experts of the kept groups outside, its columns, counting who is ahead.
-    The last block of threads waits for all others, which wait for none, and lists the active experts.
+    One warpgroup finds the groups that are kept. Each of the others scores a chunk of 64 experts, compares them, its
+    rows, with each other meanwhile, and after that with the experts of the kept groups outside, its columns, counting
+    who is ahead.
     """
     M, E = logits_ME.shape
     columns = filled_up(M)  # as many blocks of threads, of which those past the last row have nothing but zeros
@@ -128,11 +107,7 @@ def choose_by_counting(
         more_CN = ones(other_CN > own_CN)
         return more_CN + (ones(other_CN >= own_CN) - more_CN) * lower_CN
 
-    def keep_groups(biased, biased_s, pairs_s, kept_s):
-        values = [biased(pl.ds(group * N, N), by_column) for group in range(groups)]
-        for group, values_N in enumerate(values):
-            biased_s[group] = values_N
-        plgpu.commit_smem()
+    def keep_groups(biased_s, pairs_s, kept_s):
         biased_GN = load(biased_s, layout)  # what stands past the last group is of no consequence
         best_G = jnp.max(biased_GN, axis=1)
         is_best_GN = biased_GN == over_columns(best_G)
@@ -145,29 +120,30 @@ def choose_by_counting(
         kept_s[...] = ones(rank_G < kept_groups)
 
     def body(
-        logits, bias, counter, weights, weight_columns, lists, upto,
-        biased_s, pairs_s, kept_s, chosen_s, totals_s, upto_s, kept, chosen, summed,
+        logits, bias, weights, weight_columns, zeros,
+        biased_s, pairs_s, kept_s, chosen_s, totals_s, scored, kept, chosen,
     ):  # fmt: skip
         block, warpgroup = lax.axis_index("row"), lax.axis_index("warpgroup")
         row = jnp.minimum(block, M - 1)
         own = pl.ds(warpgroup * ROWS, ROWS)
 
-        def score(places, spread):
-            return 1 / (1 + jnp.exp(-load(logits.at[row, places], spread)))
-
-        def biased(places, spread):
-            return score(places, spread) + load((bias.at[row] if len(bias.shape) == 2 else bias).at[places], spread)
+        def biased(group):
+            return load(biased_s.at[group], by_column)
 
         def weigh():
             """The row's weights in the chunk."""
             first = warpgroup * together
-            score_C, own_C = score(own, by_row), biased(own, by_row)
-            own_CN = over_columns(own_C)
-            others = [biased(pl.ds((first + number) * N, N), by_column) for number in range(together)]
-            # Summed here already, the comparisons can't be put off until the groups are known.
-            inside = [jnp.sum(ahead(own_C, other_N, at * N), axis=1) for at, other_N in enumerate(others)]
-            plgpu.barrier_wait(kept)
             at_C = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
+            bias_C = load((bias.at[row] if len(bias.shape) == 2 else bias).at[own], by_row)
+            score_C = 1 / (1 + jnp.exp(-load(logits.at[row, own], by_row)))
+            own_C = score_C + bias_C
+            scatter(biased_s, (first + lax.div(at_C, N), lax.rem(at_C, N)), own_C, by_row)
+            plgpu.barrier_arrive(scored)
+            plgpu.barrier_wait(scored)
+            own_CN = over_columns(own_C)
+            # Summed here already, the comparisons can't be put off until the groups are known.
+            inside = [jnp.sum(ahead(own_C, biased(first + at), at * N), axis=1) for at in range(together)]
+            plgpu.barrier_wait(kept)
             ahead_C, is_kept_C = 0.0, 0.0
             for number, inside_C in enumerate(inside):
                 is_kept = kept_s[first + number]
@@ -176,7 +152,7 @@ def choose_by_counting(
 
             def outside(is_ahead):
                 def compare(group, ahead_CN):
-                    return ahead_CN + ones(is_ahead(over_rows(load(biased_s.at[group], by_column)), own_CN))
+                    return ahead_CN + ones(is_ahead(over_rows(biased(group)), own_CN))
 
                 return lambda group, ahead_CN: lax.cond(
                     kept_s[group] > 0, functools.partial(compare, group), lambda same: same, ahead_CN
@@ -196,43 +172,10 @@ def choose_by_counting(
             total = sum(totals_s[chunk, 0] for chunk in range(chunks))
             return chosen_C / (total + 1e-20) * scale
 
-        def list_chunk():
-            """Counts the active experts up to each one of the chunk, and finds those at the chunk's places."""
-            width = min(columns, ROWS)
-
-            def most(number, most_C):
-                return jnp.maximum(
-                    most_C, jnp.max(load(weight_columns.at[own, pl.ds(number * width, width)], layout), 1)
-                )
-
-            none_C = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row)
-            chosen_s[own] = ones(lax.fori_loop(0, columns // width, most, none_C) > 0)
-            plgpu.barrier_arrive(chosen)
-            plgpu.barrier_wait(chosen)
-
-            def count(values_s, is_counted):
-                """For each of 64 places, how many of all E values are counted."""
-                counts_C = 0.0
-                for chunk in range(chunks):
-                    values_CC = over_rows(load(values_s.at[pl.ds(chunk * ROWS, ROWS)], by_column))
-                    later = (chunk - warpgroup) * ROWS
-                    counts_C += jnp.sum(is_counted(values_CC, iota(ROWS, 1) + later), axis=1)
-                return counts_C
-
-            upto_C = count(chosen_s, lambda active_CC, at_CC: jnp.where(at_CC <= iota(ROWS, 0), active_CC, 0.0))
-            upto_s[own] = upto_C
-            upto[own] = upto_C.astype(jnp.int32)
-            plgpu.barrier_arrive(summed)
-            plgpu.barrier_wait(summed)
-            place_CC = (iota(ROWS, 0) + warpgroup * ROWS).astype(jnp.float32)
-            # The a-th is the first up to which there are a + 1 active ones, so those with fewer stand before it.
-            ids_C = count(upto_s, lambda upto_CC, at_CC: ones(upto_CC <= place_CC))
-            lists[own] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.int32), by_row)
-            lists[pl.ds(E + warpgroup * ROWS, ROWS)] = ids_C.astype(jnp.int32)
-
         @pl.when(warpgroup == chunks)
         def _groups():
-            keep_groups(biased, biased_s, pairs_s, kept_s)
+            plgpu.barrier_wait(scored)
+            keep_groups(biased_s, pairs_s, kept_s)
             plgpu.barrier_arrive(kept)
 
         @pl.when(warpgroup < chunks)
@@ -244,19 +187,15 @@ def choose_by_counting(
             def _write():
                 weights[row, own] = weights_C
 
-            signal(counter.at[0])
-
-            @pl.when(block == columns - 1)
-            def _list():
-                wait_for(counter.at[0], columns * chunks)
-                list_chunk()
+            @pl.when(block == 0)
+            def _clear():
+                zeros[own] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.int32), by_row)
 
     out = plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((M, E), jnp.float32),
             jax.ShapeDtypeStruct((E, columns), jnp.float32),
-            jax.ShapeDtypeStruct((2 * E,), jnp.int32),
             jax.ShapeDtypeStruct((E,), jnp.int32),
         ],
         grid=(columns,),
@@ -269,13 +208,12 @@ def choose_by_counting(
             plgpu.SMEM((ROWS,), jnp.float32),
             plgpu.SMEM((E,), jnp.float32),
             plgpu.SMEM((chunks, ROWS), jnp.float32),
-            plgpu.SMEM((E,), jnp.float32),
-            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=chunks),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=chunks),
         ],
         # Every place is written once, and read after a commit or a barrier, so none is needed around each store.
         compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
         interpret=interpret,
-    )(logits_ME, bias, jax.new_ref(jnp.zeros(1, jnp.int32)))
+    )(logits_ME, bias)
     return Choice(*out)

@@ -11,6 +11,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import arith, memref
 
 ROWS = 64  # of a matrix product of one warpgroup; also the width of a stage in columns
 SHARED_BYTES = 227 * 1024  # that a block of threads may use
@@ -149,6 +151,25 @@ def wait_for(counter, number) -> None:
         utils.inline_ptx("fence.proxy.async;", has_side_effects=True)  # copies are of another proxy than loads
 
     wait_until(counter, jnp.int32(number))
+
+
+def scatter(into_s, places, values_C, layout) -> None:
+    """Writes `values_C` into shared memory, as `into_s[places] = values_C` would; `places` are indices for each axis.
+
+    Every thread writes the values that it has. Barriers before and after it are the caller's.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, *[layout] * len(places)))
+    def store(_, into_s, values, *places):
+        words = (
+            [utils.bitcast(word, ir.IntegerType.get_signless(32)) for word in array.registers.flat]
+            for array in (values, *places)
+        )
+        for value, *place in zip(*words, strict=True):
+            indices = [arith.index_cast(ir.IndexType.get(), index) for index in place]
+            memref.store(utils.bitcast(value, into_s.type.element_type), into_s, indices)
+
+    store(into_s, values_C, *places)
 
 
 def differentiated_as(plain):

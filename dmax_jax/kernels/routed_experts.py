@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from dmax_jax.kernels.active_experts import list_active
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices, suits_kernels
 from dmax_jax.kernels.grouped_experts import grouped_experts
@@ -60,13 +61,14 @@ def looped_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: M
 
     No other expert is read, and no more than one stands in memory in the dtype of `x_MD`.
     """
+    ids_E, count = list_active(jnp.any(choice.weights_ME > 0, axis=0))
 
     def add(place: jax.Array, sum_MD: jax.Array) -> jax.Array:
-        expert = choice.ids_E[place]
+        expert = ids_E[place]
         out_MD = swiglu(x_MD, *jax.tree.map(lambda leaf: leaf[expert], experts))
         return sum_MD + out_MD.astype(jnp.float32) * choice.weights_ME[:, expert][:, None]
 
-    sum_MD = jax.lax.fori_loop(0, choice.upto_E[-1], add, jnp.zeros(x_MD.shape, jnp.float32))
+    sum_MD = jax.lax.fori_loop(0, count, add, jnp.zeros(x_MD.shape, jnp.float32))
     return sum_MD.astype(x_MD.dtype) + swiglu(x_MD, *shared)
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dmax_jax.kernels.active_experts import THREADS, SharedList
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import (
     FETCHER,
@@ -58,38 +59,45 @@ def streamed_experts(
     interpret: Any = False,
 ) -> jax.Array:
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
-    M = x_MD.shape[0]
+    M, E = choice.weights_ME.shape
     x_MD = jnp.pad(x_MD, ((0, filled_up(M) - M), (0, 0)))
-    inputs = x_MD, tuple(experts), tuple(shared), choice.lists_L, choice.upto_E, choice.columns_EM
+    weights_ML = jnp.pad(choice.weights_ME, ((0, 0), (0, -E % (WARPGROUPS * THREADS))))  # nothing to do for 256
+    inputs = x_MD, tuple(experts), tuple(shared), weights_ML, choice.columns_EM, choice.zeros_E
     parts_PMD = expert_sums(*inputs, blocks=blocks or multiprocessors(), interpret=interpret)
     return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
 
 
 @kernel("blocks")
-def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: int, interpret=False) -> jax.Array:
-    """Sums the weighted SwiGLU outputs of the listed experts and the shared one, in P parts to be added: [P, M, D].
+def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, interpret=False) -> jax.Array:
+    """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 
-    The parts are float32; M is 16, 32, 64 or 128, and the weights have at least M columns. First, blocks of threads
-    walk over tiles of (expert, 64 features) of gate and up, and then each one multiplies some of the experts by 128
-    features of down. The counters before the ids in `lists_L` count the tiles of every 32 experts that are done, which
-    down waits for. So all blocks have to run at once: at most one per multiprocessor, no other such kernel beside it
-    (nor another process's, under MPS), no vmap. As every block makes its tiles before it waits for another's, all of
-    them are made.
+    The parts are float32; M is 16, 32, 64 or 128, of which the rows' weights may have fewer, and the columns of the
+    same weights more. `weights_ML` is filled up with experts of weight 0 to a multiple of 256. First, every block of
+    threads lists the active experts for itself. Then, blocks walk over tiles of (expert, 64 features) of gate and up,
+    and after that each one multiplies some of the experts by 128 features of down. `zeros_E` count the tiles of every
+    32 listed experts that are done, which down waits for. So all blocks have to run at once: at most one per
+    multiprocessor, no other such kernel beside it (nor another process's, under MPS), no vmap. As every block makes its
+    tiles before it waits for another's, all of them are made.
     """
     (M, D), (E, F, _) = x_MD.shape, experts[0].shape
     dtype, weight_dtype = x_MD.dtype, experts[0].dtype
     depth = math.gcd(stage_depth(M, D), F)
-    stages, ring_types = ring(M, depth, dtype, weight_dtype, exchange_bytes(M, dtype))
+    other_types = [*exchange(M, dtype), *SharedList.scratch(WARPGROUPS, weights_ML.shape[1])]
+    other_bytes = exchange_bytes(M, dtype) + SharedList.scratch_bytes(weights_ML.shape[1])
+    stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes)
     tiles, features = F // ROWS, D // WIDTH
     hidden_steps, out_steps = D // depth, F // depth
     parts = blocks // features
     if parts == 0:
         raise ValueError(f"{blocks=} are too few for {D=}: every {WIDTH} features need one")
 
-    def body(x, experts, shared, upto, weights, lists, out, hidden, rows_s, weights_s, full, empty, *exchanged):
+    def body(
+        x, experts, shared, weights, weight_columns, counters, out, hidden, rows_s, weights_s, full, empty, *others
+    ):  # fmt: skip
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
-        ids = lists.at[pl.ds(lists.shape[0] - E, E)]
-        count = upto[E - 1]
+        exchanged, listing = others[:-4], SharedList(WARPGROUPS, *others[-4:])
+        pl.when(warpgroup < WARPGROUPS)(lambda: listing.make(weights))
+        count, ids = listing.wait(), listing.ids
         active = count + 1  # with the shared one, which stands behind the listed ones
         part, feature = lax.div(block, features), lax.rem(block, features)
         turns = pl.cdiv(active * tiles - block, blocks)  # tiles of this block
@@ -102,7 +110,7 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
             return lax.div(at, tiles), lax.rem(at, tiles) * ROWS
 
         def done(group):
-            return lists.at[group]
+            return counters.at[group]
 
         @pl.when(warpgroup == WRITER)
         def _write():
@@ -177,7 +185,7 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
             def weights_of(turn):
                 listed, _ = place(turn)
                 share = share_of(listed)
-                return row_weights(weights.at[expert_at(ids, listed, E)], M) * (1 - share) + share
+                return row_weights(weight_columns.at[expert_at(ids, listed, E)], M) * (1 - share) + share
 
             make_hidden(turns, product, weights_of, *exchanged)
             own_s, own = weights_s.at[warpgroup], pl.ds(feature * WIDTH + warpgroup * ROWS, ROWS)
@@ -205,10 +213,10 @@ def expert_sums(x_MD, experts, shared, lists_L, upto_E, weights_EM, *, blocks: i
         **all_at_once(blocks, interpret=interpret),
         num_threads=WRITER + 1,
         thread_name="warpgroup",
-        scratch_types=[*ring_types, *exchange(M, dtype)],
+        scratch_types=[*ring_types, *other_types],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_MD, experts, shared, upto_E, weights_EM, jax.new_ref(lists_L))[0]
+    )(x_MD, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
 
 
 class Deal:

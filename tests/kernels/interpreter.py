@@ -55,7 +55,10 @@ def also_from_registers(callbacks):
 
 
 def counting(callbacks):
-    """The interpreter's part for inline code: `signal` and `wait_for`, which order what blocks do, and conversions."""
+    """The interpreter's part for inline code.
+
+    That is `signal` and `wait_for`, which order what blocks do, `scatter`, conversions and sums within warps.
+    """
     from jax._src import callback
 
     changed = threading.Condition()
@@ -86,18 +89,38 @@ def counting(callbacks):
             memory.clocks[thread].update(clock)
         return token
 
+    @callbacks.fail_on_exception
+    def store(token, mesh_location, thread, ref, *arrays):
+        values, *places = map(np.asarray, arrays)
+        memory = callbacks._get_shared_memory()
+        buffer = callbacks.HostAllocationKey.from_array(ref)
+        info = callbacks.memory.GPULoggingInfo(mesh_location, thread)
+        order = np.lexsort(places[::-1])
+        along = np.eye(1, len(places), len(places) - 1)  # from a place to the next one in its row
+        jumps = (np.diff(np.stack(places, axis=1)[order], axis=0) != along).any(axis=1)
+        for run in np.split(order, np.flatnonzero(jumps) + 1):
+            *row, start = (int(axis[run[0]]) for axis in places)
+            access = callbacks.interpret_utils.Access((*row, slice(start, start + len(run))))
+            memory.store_buffer_content(buffer, access, values[run], thread, logging_info=info)
+        return token
+
     def key(place):
         return tuple(int(index) for array in place for index in np.ravel(array))
 
     def interpret(self, equation, token, get_values):
-        counter, *values = get_values()  # of a wait: the number, then the place within the counters
+        first, *values = get_values()
         name = equation.params["mgpu_fn"].__name__
-        if name == "convert":  # of 8-bit weights
-            return token, [counter.astype("bfloat16")]
-        if name == "add_one":
-            run, operands = add_one, (counter, *values)
-        else:
-            run, operands = wait_until, (counter, *values[1:], values[0])
-        return callback.io_callback(run, callbacks.TOKEN_SHAPE_DTYPE, token, self.thread, *operands), []
+        match name:
+            case "convert":  # 8-bit weights
+                return token, [first.astype("bfloat16")]
+            case "count_up_to":  # the flags of a warp's threads
+                return token, [first.reshape(-1, 32).cumsum(axis=1).reshape(-1)]
+            case "store":
+                run, operands = store, (self.mesh_location, self.thread, first, *values)
+            case "add_one":
+                run, operands = add_one, (self.thread, first, *values)
+            case "wait_until":  # a counter, the number, and then the place within the counters
+                run, operands = wait_until, (self.thread, first, *values[1:], values[0])
+        return callback.io_callback(run, callbacks.TOKEN_SHAPE_DTYPE, token, *operands), []
 
     return interpret

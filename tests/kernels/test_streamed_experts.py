@@ -64,7 +64,7 @@ def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, amon
 @pytest.mark.parametrize("chosen", [0, 1, E])
 def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen, kind):
     choice = check(16, None if chosen == E else [5], blocks=7, chosen=chosen, kind=kind)
-    assert choice.upto_E[-1] == chosen
+    assert (choice.weights_ME > 0).any(axis=0).sum() == chosen
 
 
 @needs_interpreter
