@@ -1,6 +1,7 @@
 """Pallas's interpreter for Hopper kernels, which runs blocks, warpgroups and barriers on a CPU and looks for races."""
 
 import collections
+import dataclasses
 import threading
 from unittest import mock
 
@@ -55,7 +56,11 @@ def also_from_registers(callbacks):
 
 
 def counting(callbacks):
-    """The interpreter's part for inline code: `signal` and `wait_for`, which order what blocks do, and conversions."""
+    """The interpreter's part for inline code: what orders blocks, or goes from one's to another's, and conversions.
+
+    That is `signal` and `wait_for` of `hopper.py`, and all of `clusters.py`, where what is counted are the bytes that
+    have come and were expected.
+    """
     from jax._src import callback
 
     changed = threading.Condition()
@@ -66,11 +71,11 @@ def counting(callbacks):
         return memory, *vars(memory).setdefault("counted", (collections.Counter(), {}))
 
     @callbacks.fail_on_exception
-    def add_one(token, thread, *place):
+    def add_one(token, thread, *place, number=1):
         with changed:
             memory, counts, clocks = state()
             clock = memory.incr_clock(thread)
-            counts[key(place)] += 1
+            counts[key(place)] += number
             clocks.setdefault(key(place), clock).update(clock)
             changed.notify_all()
         return token
@@ -86,18 +91,53 @@ def counting(callbacks):
             memory.clocks[thread].update(clock)
         return token
 
+    @callbacks.fail_on_exception
+    def expect_bytes(token, _, counter, size):
+        with changed:
+            _, counts, _ = state()
+            counts[key([counter])] -= int(size)
+            changed.notify_all()
+        return token
+
+    @callbacks.fail_on_exception
+    def give_all(token, thread, location, boxes, places, counter, parcels):
+        for block, parcel in enumerate(parcels):
+            there = in_block(block, counter)
+            with changed:
+                _, counts, _ = state()
+                assert changed.wait_for(lambda: key([there]) in counts, timeout=60)  # noqa: B023
+            for value, box, place in zip(parcel, boxes, places, strict=True):
+                callbacks._swap(token, location, thread, in_block(block, box), place, value, None)
+            add_one(token, thread, there, number=sum(np.asarray(value).nbytes for value in parcel))
+        return token
+
+    def in_block(number, array):
+        allocation = callbacks.HostAllocationKey.from_array(array)
+        return dataclasses.replace(allocation, block_id=number).as_np_array
+
     def key(place):
         return tuple(int(index) for array in place for index in np.ravel(array))
 
     def interpret(self, equation, token, get_values):
-        counter, *values = get_values()  # of a wait: the number, then the place within the counters
-        name = equation.params["mgpu_fn"].__name__
-        if name == "convert":  # of 8-bit weights
-            return token, [counter.astype("bfloat16")]
-        if name == "add_one":
-            run, operands = add_one, (counter, *values)
-        else:
-            run, operands = wait_until, (counter, *values[1:], values[0])
+        values = get_values()
+        count = equation.params["pytree_args"].num_leaves
+        arguments = jax.tree.unflatten(equation.params["pytree_args"], values[:count])
+        place = values[count:]  # of a counter within an array
+        match equation.params["mgpu_fn"].__name__:
+            case "convert":  # of 8-bit weights
+                return token, [values[0].astype("bfloat16")]
+            case "add_one":
+                run, operands = add_one, (values[0], *place)
+            case "wait_until":
+                run, operands = wait_until, (values[0], *place, values[1])
+            case "expect_bytes":
+                run, operands = expect_bytes, arguments
+            case "wait_for_bytes":
+                run, operands = wait_until, (*arguments, 0)
+            case "give_all":
+                boxes, counter, _, parcels = arguments
+                places = jax.tree.unflatten(equation.params["pytree_ref_transforms"], place)[: len(boxes)]
+                run, operands = give_all, (self.mesh_location, boxes, places, counter, parcels)
         return callback.io_callback(run, callbacks.TOKEN_SHAPE_DTYPE, token, self.thread, *operands), []
 
     return interpret
