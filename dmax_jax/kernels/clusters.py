@@ -34,7 +34,7 @@ def expect(counter, size: int) -> None:
 
 
 def give(parcels, boxes, counter) -> None:
-    """Stores the n-th parcel, values [rows, columns], in the shared memory of the n-th block of the cluster.
+    """Stores the n-th parcel, values [rows, columns] of layout WGMMA, in the shared memory of the n-th block.
 
     There each value goes into a box of its own, a `shared_tile` [blocks, rows, columns], at this block's number.
     """
@@ -67,7 +67,9 @@ def wait_for_all(counter) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
     def wait_for_bytes(_, counter):
-        barrier_in(counter).wait_parity(utils.c(0, integer(1)))
+        # Mosaic's own wait orders only what comes from this block.
+        test = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [$0], 0;"
+        utils.inline_ptx(f"{{.reg .pred there; again: {test} @!there bra again;}}", barrier_in(counter).get_ptr())
 
     wait_for_bytes(counter)
 

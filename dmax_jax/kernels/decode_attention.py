@@ -16,7 +16,7 @@ from dmax_jax.kernels.layers import rms_norm, rotate
 
 MAX_PARTS = 8  # blocks of threads in a cluster
 NARROW = 8  # columns of the narrowest tile that a block can give to others
-SMALLEST = 1e-30
+SMALLEST = 1e-30  # sum of exponentials to divide by
 PARAMS = plgpu.CompilerParams(approx_math=True)
 LOG2_E = math.log2(math.e)
 Pair = tuple[jax.Array, jax.Array]  # of keys and values; weights for queries and keys; cosines and sines
