@@ -10,10 +10,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.attention import NEG_INF, masked_attention
+from dmax_jax.kernels.clusters import counter, expect, give, wait_for_all
 from dmax_jax.kernels.hopper import ROWS, is_hopper, kernel, multiprocessors, shared_tile, stages_that_fit
 from dmax_jax.kernels.layers import rms_norm, rotate
 
 MAX_PARTS = 8  # blocks of threads in a cluster
+NARROW = 8  # columns of the narrowest tile that a block can give to others
+SMALLEST = 1e-30  # sum of exponentials to divide by
 PARAMS = plgpu.CompilerParams(approx_math=True)
 LOG2_E = math.log2(math.e)
 Pair = tuple[jax.Array, jax.Array]  # of keys and values; weights for queries and keys; cosines and sines
@@ -94,8 +97,8 @@ def fused_decode_attention(
 
     A cluster of `parts` blocks of threads (default: as many as there is room for) has 64 rows of queries: all T
     positions in as many query heads of one key head. Each block readies the queries and takes every `parts`-th tile of
-    64 keys, of those that are seen; one of them has the new keys. What they have goes through memory to the others, and
-    each joins its share of the columns.
+    64 keys, of those that are seen; one of them has the new keys. Each stores what it has in the others' shared memory,
+    and joins its share of the columns.
     """
     B, T, heads, H = qkv_BTNH.shape
     K = cached[0].shape[2]
@@ -107,7 +110,8 @@ def fused_decode_attention(
     parts = parts or parts_that_fit(B * groups)
     share = H // parts  # columns of the output that a block writes
     tile_bytes = ROWS * H * dtype.itemsize
-    others = tile_bytes + ROWS * (H + 2 * half) * 4 + ROWS * (ROWS + share) * dtype.itemsize
+    received_bytes = ROWS * (H + NARROW * parts) * 4 if parts > 1 else 0
+    others = tile_bytes + received_bytes + 2 * ROWS * half * 4 + ROWS * (ROWS + share) * dtype.itemsize
     stages = stages_that_fit(2 * tile_bytes, others, most=4)
     wgmma, by_row, by_column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -118,8 +122,8 @@ def fused_decode_attention(
         return lax.broadcast_in_dim(value, (ROWS, width), [0])
 
     def body(
-        qkv, q_norm, k_norm, cosines, sines, cached_k, cached_v, seen, sees_previous, out, new_k, accs, sums,
-        q_s, cos_s, sin_s, k_s, v_s, probs_s, acc_s, sums_s, out_s, q_full, own_full, full, written,
+        qkv, q_norm, k_norm, cosines, sines, cached_k, cached_v, seen, sees_previous, out, new_k,
+        q_s, cos_s, sin_s, k_s, v_s, probs_s, out_s, q_full, own_full, full, shares_s=None, sums_s=None, received=None,
     ):  # fmt: skip
         row, group, part = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("part")
         head = lax.div(group * together, N // K)  # of keys and values
@@ -158,6 +162,9 @@ def fused_decode_attention(
         @pl.loop(jnp.where(part == own, 1, 0), jnp.minimum(turns, stages))
         def _fetch_first(turn):
             fetch_tile(turn)
+
+        if parts > 1:
+            expect(received, received_bytes)
 
         def ready(ref, norm, barrier):
             """Normalises and rotates the rows of a tile in place, rounding where the plain functions do."""
@@ -229,34 +236,38 @@ def fused_decode_attention(
             plgpu.layout_cast(jnp.full((ROWS,), NEG_INF, jnp.float32), by_row),
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
         )
-        acc_s[...], sums_s[0], sums_s[1] = lax.fori_loop(0, turns, attend, start)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(acc_s, accs.at[row, group, part])
-        plgpu.copy_smem_to_gmem(sums_s, sums.at[row, group, part])
-        plgpu.wait_smem_to_gmem(0)  # whole: from here on the others may read it
-        plgpu.barrier_arrive(written)
-        plgpu.barrier_wait(written)
-        columns = pl.ds(part * share, share)
-        tops, totals = ([load(sums.at[row, group, i, kind], by_row) for i in range(parts)] for kind in range(2))
-        shares = [load(accs.at[row, group, i, :, columns]) for i in range(parts)]
-        best = functools.reduce(jnp.maximum, tops)
-        weights = [jnp.exp2(top - best) for top in tops]
-        whole = sum(total * weight for total, weight in zip(totals, weights, strict=True))
-        joined = sum(x * over(weight / whole, share) for x, weight in zip(shares, weights, strict=True))
+        acc, top, total = lax.fori_loop(0, turns, attend, start)
+        total = jnp.maximum(total, SMALLEST)  # 0 if this block has no tiles
+        joined = acc * over(1 / total, H)
+        if parts > 1:
+            sums = over(top + jnp.log2(total), NARROW)  # logarithms: weights of the blocks' results
+            parcels = [[lax.slice(joined, (0, at), (ROWS, at + share)), sums] for at in range(0, H, share)]
+            give(parcels, [shares_s, sums_s], received)
+            wait_for_all(received)
+            sums = [load(sums_s.at[i]) for i in range(parts)]
+            best = functools.reduce(jnp.maximum, sums)
+            weights = [jnp.exp2(x - best) for x in sums]
+            whole = sum(weights)
+            wide = [jnp.concatenate([weight / whole] * (share // NARROW), axis=1) for weight in weights]
+            joined = sum(load(shares_s.at[i]) * weight for i, weight in enumerate(wide))
         out_s[...] = joined.astype(dtype)
         plgpu.commit_smem()
+        columns = pl.ds(part * share, share)
         for number in range(together):
             rows = pl.ds(number * T, T)
             plgpu.copy_smem_to_gmem(out_s.at[rows], out.at[row, :, group * together + number, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    out_BTNH, new_k_BTKH, *_ = plgpu.kernel(
+    from_others = (
+        shared_tile((parts, ROWS, share), jnp.float32),
+        shared_tile((parts, ROWS, NARROW), jnp.float32),
+        counter(),
+    )
+    out_BTNH, new_k_BTKH = plgpu.kernel(
         body,
         out_type=[
             jax.ShapeDtypeStruct((B, T, N, H), dtype),
             jax.ShapeDtypeStruct((B, T, K, H), dtype),
-            jax.ShapeDtypeStruct((B, groups, parts, ROWS, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, groups, parts, 2, ROWS), jnp.float32),
         ],
         grid=(B, groups),
         grid_names=("row", "group"),
@@ -267,13 +278,11 @@ def fused_decode_attention(
             *[shared_tile((ROWS, half), jnp.float32)] * 2,
             *[shared_tile((stages, ROWS, H), dtype)] * 2,
             shared_tile((ROWS, ROWS), dtype),
-            shared_tile((ROWS, H), jnp.float32),
-            plgpu.SMEM((2, ROWS), jnp.float32),
             shared_tile((ROWS, share), dtype),
             plgpu.Barrier(num_arrivals=3 * together),
             plgpu.Barrier(num_arrivals=2 * together),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("part",)),
+            *(from_others if parts > 1 else ()),
         ],
         compiler_params=PARAMS,
         interpret=interpret,

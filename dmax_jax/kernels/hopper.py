@@ -63,10 +63,14 @@ def shared_tile(shape: tuple[int, ...], dtype: jnp.dtype):
 
     Both factors of a product must lie alike, and do where their rows have 128 bytes or more.
     """
+    return plgpu.SMEM(shape, dtype, transforms=tile_transforms(shape[-1], dtype))
+
+
+def tile_transforms(columns: int, dtype: jnp.dtype):
+    """How a `shared_tile` lies in memory."""
     itemsize = jnp.dtype(dtype).itemsize
-    together = plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    transforms = plgpu.TilingTransform((8, together // itemsize)), plgpu.SwizzleTransform(together)
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+    together = plgpu.find_swizzle(columns * itemsize * 8)
+    return plgpu.TilingTransform((8, together // itemsize)), plgpu.SwizzleTransform(together)
 
 
 def stages_that_fit(stage_bytes: int, other_bytes: int, most: int = 6) -> int:

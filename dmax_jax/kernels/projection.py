@@ -6,6 +6,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dmax_jax.kernels.clusters import counter, expect, give, wait_for_all
 from dmax_jax.kernels.hopper import (
     ROWS,
     differentiated_as,
@@ -70,7 +71,7 @@ def streamed_product(
     """`project_rows` of at most 128 rows on a Hopper GPU: [M, F].
 
     A cluster of `parts` blocks of threads (default: as many as there is room for) has 64 features, each block a part of
-    the columns. The sums go through memory to the others, and each block joins those of its share of the rows.
+    the columns. It stores its sums in the others' shared memory, and each block joins those of its share of the rows.
     """
     (M, D), (F, _) = x_MD.shape, weight.shape
     dtype, rows = x_MD.dtype, filled_up(M)
@@ -80,13 +81,14 @@ def streamed_product(
     parts = parts or parts_that_fit(rows, F, D)
     steps, share = D // parts // DEPTH, rows // parts
     stage_bytes = (ROWS * weight.dtype.itemsize + rows * dtype.itemsize) * DEPTH
-    stages = min(steps, stages_that_fit(stage_bytes, ROWS * rows * 4, most=16))
+    received_bytes = ROWS * rows * 4 if parts > 1 else 0
+    stages = min(steps, stages_that_fit(stage_bytes, received_bytes, most=16))
     wgmma, turned = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 
     def load(ref, layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    def body(x, weight, residual, out, sums, x_s, weight_s, sums_s, full, written):
+    def body(x, weight, residual, out, x_s, weight_s, full, received_s=None, received=None):
         tile, part = lax.axis_index("tile"), lax.axis_index("part")
         features, own_rows = pl.ds(tile * ROWS, ROWS), pl.ds(part * share, share)
 
@@ -98,6 +100,9 @@ def streamed_product(
         @pl.loop(0, stages)
         def _fetch_first(step):
             fetch(step)
+
+        if parts > 1:
+            expect(received, received_bytes)
 
         def add_all(total):
             @pl.loop(0, steps)
@@ -113,13 +118,12 @@ def streamed_product(
 
             return total[...]
 
-        sums_s[...] = pl.run_scoped(add_all, plgpu.ACC((ROWS, rows), jnp.float32))
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums_s, sums.at[tile, part])
-        plgpu.wait_smem_to_gmem(0)  # whole: from here on the others may read it
-        plgpu.barrier_arrive(written)
-        plgpu.barrier_wait(written)
-        total_FM = sum(load(sums.at[tile, number, :, own_rows], wgmma) for number in range(parts))
+        total_FM = pl.run_scoped(add_all, plgpu.ACC((ROWS, rows), jnp.float32))
+        if parts > 1:
+            starts = range(0, rows, share)
+            give([[lax.slice(total_FM, (0, at), (ROWS, at + share))] for at in starts], [received_s], received)
+            wait_for_all(received)
+            total_FM = sum(load(received_s.at[i], wgmma) for i in range(parts))
         if isinstance(weight, QuantisedWeight):
             total_FM *= lax.broadcast_in_dim(load(weight.scale.at[features], wgmma.reduce(1)), total_FM.shape, [0])
         total_FM = plgpu.layout_cast(total_FM.astype(dtype), turned)
@@ -127,12 +131,10 @@ def streamed_product(
             total_FM += load(residual.at[own_rows, features].transpose((1, 0)), turned)
         out.at[own_rows, features].transpose((1, 0))[...] = total_FM
 
-    out_MF, _ = plgpu.kernel(
+    from_others = shared_tile((parts, ROWS, share), jnp.float32), counter()
+    out_MF = plgpu.kernel(
         body,
-        out_type=[
-            jax.ShapeDtypeStruct((rows, F), dtype),
-            jax.ShapeDtypeStruct((F // ROWS, parts, ROWS, rows), jnp.float32),
-        ],
+        out_type=jax.ShapeDtypeStruct((rows, F), dtype),
         grid=(F // ROWS,),
         grid_names=("tile",),
         cluster=(parts,),
@@ -140,9 +142,8 @@ def streamed_product(
         scratch_types=[
             shared_tile((stages, rows, DEPTH), dtype),
             shared_tile((stages, ROWS, DEPTH), weight.dtype),
-            shared_tile((ROWS, rows), jnp.float32),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            plgpu.ClusterBarrier(collective_axes=("part",)),
+            *(from_others if parts > 1 else ()),
         ],
         interpret=interpret,
     )(x_MD, weight, residual_MF)

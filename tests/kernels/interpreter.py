@@ -1,6 +1,7 @@
 """Pallas's interpreter for Hopper kernels, which runs blocks, warpgroups and barriers on a CPU and looks for races."""
 
 import collections
+import dataclasses
 import threading
 from unittest import mock
 
@@ -55,9 +56,10 @@ def also_from_registers(callbacks):
 
 
 def counting(callbacks):
-    """The interpreter's part for inline code.
+    """The interpreter's part for inline code: what orders blocks, or goes from one's to another's, and the rest.
 
-    That is `signal` and `wait_for`, which order what blocks do, `scatter`, conversions and sums within warps.
+    That is `signal`, `wait_for` and `scatter` of `hopper.py`, all of `clusters.py`, where what is counted are the bytes
+    that have come and were expected, conversions, and sums within warps.
     """
     from jax._src import callback
 
@@ -69,11 +71,11 @@ def counting(callbacks):
         return memory, *vars(memory).setdefault("counted", (collections.Counter(), {}))
 
     @callbacks.fail_on_exception
-    def add_one(token, thread, *place):
+    def add_one(token, thread, *place, number=1):
         with changed:
             memory, counts, clocks = state()
             clock = memory.incr_clock(thread)
-            counts[key(place)] += 1
+            counts[key(place)] += number
             clocks.setdefault(key(place), clock).update(clock)
             changed.notify_all()
         return token
@@ -90,7 +92,7 @@ def counting(callbacks):
         return token
 
     @callbacks.fail_on_exception
-    def store(token, mesh_location, thread, ref, *arrays):
+    def store(token, thread, mesh_location, ref, *arrays):
         values, *places = map(np.asarray, arrays)
         memory = callbacks._get_shared_memory()
         buffer = callbacks.HostAllocationKey.from_array(ref)
@@ -104,23 +106,57 @@ def counting(callbacks):
             memory.store_buffer_content(buffer, access, values[run], thread, logging_info=info)
         return token
 
+    @callbacks.fail_on_exception
+    def expect_bytes(token, _, counter, size):
+        with changed:
+            _, counts, _ = state()
+            counts[key([counter])] -= int(size)
+            changed.notify_all()
+        return token
+
+    @callbacks.fail_on_exception
+    def give_all(token, thread, location, boxes, places, counter, parcels):
+        for block, parcel in enumerate(parcels):
+            there = in_block(block, counter)
+            with changed:
+                _, counts, _ = state()
+                assert changed.wait_for(lambda: key([there]) in counts, timeout=60)  # noqa: B023
+            for value, box, place in zip(parcel, boxes, places, strict=True):
+                callbacks._swap(token, location, thread, in_block(block, box), place, value, None)
+            add_one(token, thread, there, number=sum(np.asarray(value).nbytes for value in parcel))
+        return token
+
+    def in_block(number, array):
+        allocation = callbacks.HostAllocationKey.from_array(array)
+        return dataclasses.replace(allocation, block_id=number).as_np_array
+
     def key(place):
         return tuple(int(index) for array in place for index in np.ravel(array))
 
     def interpret(self, equation, token, get_values):
-        first, *values = get_values()
-        name = equation.params["mgpu_fn"].__name__
-        match name:
+        values = get_values()
+        count = equation.params["pytree_args"].num_leaves
+        arguments = jax.tree.unflatten(equation.params["pytree_args"], values[:count])
+        place = values[count:]  # of a counter within an array
+        match equation.params["mgpu_fn"].__name__:
             case "convert":  # 8-bit weights
-                return token, [first.astype("bfloat16")]
+                return token, [values[0].astype("bfloat16")]
             case "count_up_to":  # the flags of a warp's threads
-                return token, [first.reshape(-1, 32).cumsum(axis=1).reshape(-1)]
+                return token, [values[0].reshape(-1, 32).cumsum(axis=1).reshape(-1)]
             case "store":
-                run, operands = store, (self.mesh_location, self.thread, first, *values)
+                run, operands = store, (self.mesh_location, *values)
             case "add_one":
-                run, operands = add_one, (self.thread, first, *values)
-            case "wait_until":  # a counter, the number, and then the place within the counters
-                run, operands = wait_until, (self.thread, first, *values[1:], values[0])
-        return callback.io_callback(run, callbacks.TOKEN_SHAPE_DTYPE, token, *operands), []
+                run, operands = add_one, (values[0], *place)
+            case "wait_until":
+                run, operands = wait_until, (values[0], *place, values[1])
+            case "expect_bytes":
+                run, operands = expect_bytes, arguments
+            case "wait_for_bytes":
+                run, operands = wait_until, (*arguments, 0)
+            case "give_all":
+                boxes, counter, _, parcels = arguments
+                places = jax.tree.unflatten(equation.params["pytree_ref_transforms"], place)[: len(boxes)]
+                run, operands = give_all, (self.mesh_location, boxes, places, counter, parcels)
+        return callback.io_callback(run, callbacks.TOKEN_SHAPE_DTYPE, token, self.thread, *operands), []
 
     return interpret
