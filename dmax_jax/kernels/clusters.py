@@ -1,9 +1,11 @@
-"""What the blocks of threads of a cluster, each of one warpgroup, store in each other's shared memory.
+"""What the blocks of threads of a cluster, each of one warpgroup, copy to each other's shared memory.
 
 Each block knows how many bytes will come and waits for those; so nothing else has to arrive at its barrier from other
 blocks. (With `plgpu.async_store_smem` every thread does, at every block, and first waits until all that it has stored
-is there.) The cluster has one axis, "part". The order is `expect`, `give` and `wait_for_all`, each once.
+is there.) The cluster has one axis, "part". The order is `expect`, `give`, `wait_for_all` and `leave`, each once.
 """
+
+import math
 
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
@@ -33,33 +35,43 @@ def expect(counter, size: int) -> None:
     expect_bytes(counter, lax.full((), size, "int32"))
 
 
-def give(parcels, boxes, counter) -> None:
-    """Stores the n-th parcel, values [rows, columns] of layout WGMMA, in the shared memory of the n-th block.
+def give(tiles, boxes, counter, blocks: int) -> None:
+    """Copies tiles from this block's shared memory to that of all blocks of the cluster, itself included.
 
-    There each value goes into a box of its own, a `shared_tile` [blocks, rows, columns], at this block's number.
+    The n-th block gets `tile[n]` of each tile [blocks, rows, columns], and all of each tile [rows, columns], in a box
+    [blocks, rows, columns] of its own, at this block's number. All are `shared_tile`s.
     """
     own = lax.axis_index("part")
-    transforms = tuple(tile_transforms(box.shape[-1], box.dtype) for box in boxes)
-    refs = tuple(plgpu.RefType(transform) for transform in transforms)
-    layouts = ((plgpu.Layout.WGMMA,) * len(boxes),) * len(parcels)
+    plgpu.commit_smem()
 
-    @plgpu.inline_mgpu(arg_types=(refs, plgpu.RefType(), plgpu.Layout.WG_SPLAT, layouts))
-    def give_all(_, boxes, counter, own, parcels):
+    def types(refs):
+        return tuple(plgpu.RefType(tile_transforms(ref.shape[-1], ref.dtype)) for ref in refs)
+
+    sizes = [math.prod(box.shape[1:]) * box.dtype.itemsize for box in boxes]
+    steps = [size if len(tile.shape) == 3 else 0 for tile, size in zip(tiles, sizes, strict=True)]
+
+    @plgpu.inline_mgpu(arg_types=(types(boxes), plgpu.RefType(), plgpu.Layout.WG_SPLAT, types(tiles)))
+    def give_all(_, boxes, counter, own, tiles):
         utils.inline_ptx("barrier.cluster.wait.aligned;", convergent=True)  # until every block expects its bytes
-        for part in range(len(parcels)):
-            is_own = arith.cmpi(arith.CmpIPredicate.eq, own.registers.item(), utils.c(part, integer(32)))
-            with utils.when(is_own):  # each begins with the block after it, so that not all want the same one
-                for peer in (*range(part + 1, len(parcels)), *range(part + 1)):
-                    for value, box, (_, swizzle) in zip(parcels[peer], boxes, transforms, strict=True):
-                        value.store_tiled_async(
-                            box,
-                            barrier_in(counter),
-                            cluster_dim=utils.gpu.Dimension.x,
-                            cluster_idx=utils.c(peer, ir.IndexType.get()),
-                            swizzle=swizzle.swizzle,
-                        )
+        own = own.registers.item()
+        with utils.when(utils.single_thread_predicate()):
+            for number in range(1, blocks + 1):  # from the block after it on, so that not all give to the same one
+                peer = arith.remui(arith.addi(own, utils.c(number, integer(32))), utils.c(blocks, integer(32)))
+                for tile, box, size, step in zip(tiles, boxes, sizes, steps, strict=True):
+                    copy = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
+                    utils.inline_ptx(
+                        f"""{{
+                            .reg .b32 there, counter, start;
+                            mapa.shared::cluster.u32 there, $0, $3;
+                            mapa.shared::cluster.u32 counter, $1, $3;
+                            mad.lo.u32 start, $3, {step}, $2;
+                            {copy} [there], [start], {size}, [counter];
+                        }}""",
+                        *(utils.memref_ptr(box), barrier_in(counter).get_ptr(), utils.memref_ptr(tile), peer),
+                        has_side_effects=True,
+                    )
 
-    give_all(tuple(box.at[own] for box in boxes), counter, own, tuple(map(tuple, parcels)))
+    give_all(tuple(box.at[own] for box in boxes), counter, own, tuple(tiles))
 
 
 def wait_for_all(counter) -> None:
@@ -70,8 +82,19 @@ def wait_for_all(counter) -> None:
         # Mosaic's own wait orders only what comes from this block.
         test = "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 there, [$0], 0;"
         utils.inline_ptx(f"{{.reg .pred there; again: {test} @!there bra again;}}", barrier_in(counter).get_ptr())
+        utils.inline_ptx("barrier.cluster.arrive.relaxed.aligned;", convergent=True)
 
     wait_for_bytes(counter)
+
+
+def leave() -> None:
+    """Waits until the cluster's other blocks have got everything: before that, none of its memory may be freed."""
+
+    @plgpu.inline_mgpu()
+    def wait_for_cluster(_):
+        utils.inline_ptx("barrier.cluster.wait.aligned;", convergent=True)
+
+    wait_for_cluster()
 
 
 def barrier_in(counter) -> utils.BarrierRef:

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.attention import NEG_INF, masked_attention
-from dmax_jax.kernels.clusters import counter, expect, give, wait_for_all
+from dmax_jax.kernels.clusters import counter, expect, give, leave, wait_for_all
 from dmax_jax.kernels.hopper import ROWS, is_hopper, kernel, multiprocessors, shared_tile, stages_that_fit
 from dmax_jax.kernels.layers import rms_norm, rotate
 
@@ -111,7 +111,8 @@ def fused_decode_attention(
     share = H // parts  # columns of the output that a block writes
     tile_bytes = ROWS * H * dtype.itemsize
     received_bytes = ROWS * (H + NARROW * parts) * 4 if parts > 1 else 0
-    others = tile_bytes + received_bytes + 2 * ROWS * half * 4 + ROWS * (ROWS + share) * dtype.itemsize
+    given_bytes = ROWS * (H + NARROW) * 4 if parts > 1 else 0
+    others = tile_bytes + given_bytes + received_bytes + 2 * ROWS * half * 4 + ROWS * (ROWS + share) * dtype.itemsize
     stages = stages_that_fit(2 * tile_bytes, others, most=4)
     wgmma, by_row, by_column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
@@ -123,7 +124,8 @@ def fused_decode_attention(
 
     def body(
         qkv, q_norm, k_norm, cosines, sines, cached_k, cached_v, seen, sees_previous, out, new_k,
-        q_s, cos_s, sin_s, k_s, v_s, probs_s, out_s, q_full, own_full, full, shares_s=None, sums_s=None, received=None,
+        q_s, cos_s, sin_s, k_s, v_s, probs_s, out_s, q_full, own_full, full,
+        own_shares_s=None, shares_s=None, own_sums_s=None, sums_s=None, received=None,
     ):  # fmt: skip
         row, group, part = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("part")
         head = lax.div(group * together, N // K)  # of keys and values
@@ -241,8 +243,10 @@ def fused_decode_attention(
         joined = acc * over(1 / total, H)
         if parts > 1:
             sums = over(top + jnp.log2(total), NARROW)  # logarithms: weights of the blocks' results
-            parcels = [[lax.slice(joined, (0, at), (ROWS, at + share)), sums] for at in range(0, H, share)]
-            give(parcels, [shares_s, sums_s], received)
+            own_sums_s[...] = sums
+            for number in range(parts):
+                own_shares_s[number] = lax.slice(joined, (0, number * share), (ROWS, (number + 1) * share))
+            give([own_shares_s, own_sums_s], [shares_s, sums_s], received, parts)
             wait_for_all(received)
             sums = [load(sums_s.at[i]) for i in range(parts)]
             best = functools.reduce(jnp.maximum, sums)
@@ -257,12 +261,11 @@ def fused_decode_attention(
             rows = pl.ds(number * T, T)
             plgpu.copy_smem_to_gmem(out_s.at[rows], out.at[row, :, group * together + number, columns])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if parts > 1:
+            leave()
 
-    from_others = (
-        shared_tile((parts, ROWS, share), jnp.float32),
-        shared_tile((parts, ROWS, NARROW), jnp.float32),
-        counter(),
-    )
+    shares = shared_tile((parts, ROWS, share), jnp.float32)
+    sums = shared_tile((ROWS, NARROW), jnp.float32), shared_tile((parts, ROWS, NARROW), jnp.float32)
     out_BTNH, new_k_BTKH = plgpu.kernel(
         body,
         out_type=[
@@ -282,7 +285,7 @@ def fused_decode_attention(
             plgpu.Barrier(num_arrivals=3 * together),
             plgpu.Barrier(num_arrivals=2 * together),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            *(from_others if parts > 1 else ()),
+            *((shares, shares, *sums, counter()) if parts > 1 else ()),
         ],
         compiler_params=PARAMS,
         interpret=interpret,

@@ -6,7 +6,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.clusters import counter, expect, give, wait_for_all
+from dmax_jax.kernels.clusters import counter, expect, give, leave, wait_for_all
 from dmax_jax.kernels.hopper import (
     ROWS,
     differentiated_as,
@@ -82,13 +82,13 @@ def streamed_product(
     steps, share = D // parts // DEPTH, rows // parts
     stage_bytes = (ROWS * weight.dtype.itemsize + rows * dtype.itemsize) * DEPTH
     received_bytes = ROWS * rows * 4 if parts > 1 else 0
-    stages = min(steps, stages_that_fit(stage_bytes, received_bytes, most=16))
+    stages = min(steps, stages_that_fit(stage_bytes, 2 * received_bytes, most=16))
     wgmma, turned = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
 
     def load(ref, layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    def body(x, weight, residual, out, x_s, weight_s, full, received_s=None, received=None):
+    def body(x, weight, residual, out, x_s, weight_s, full, given_s=None, received_s=None, received=None):
         tile, part = lax.axis_index("tile"), lax.axis_index("part")
         features, own_rows = pl.ds(tile * ROWS, ROWS), pl.ds(part * share, share)
 
@@ -120,8 +120,9 @@ def streamed_product(
 
         total_FM = pl.run_scoped(add_all, plgpu.ACC((ROWS, rows), jnp.float32))
         if parts > 1:
-            starts = range(0, rows, share)
-            give([[lax.slice(total_FM, (0, at), (ROWS, at + share))] for at in starts], [received_s], received)
+            for number in range(parts):
+                given_s[number] = lax.slice(total_FM, (0, number * share), (ROWS, (number + 1) * share))
+            give([given_s], [received_s], received, parts)
             wait_for_all(received)
             total_FM = sum(load(received_s.at[i], wgmma) for i in range(parts))
         if isinstance(weight, QuantisedWeight):
@@ -130,8 +131,10 @@ def streamed_product(
         if residual is not None:
             total_FM += load(residual.at[own_rows, features].transpose((1, 0)), turned)
         out.at[own_rows, features].transpose((1, 0))[...] = total_FM
+        if parts > 1:
+            leave()
 
-    from_others = shared_tile((parts, ROWS, share), jnp.float32), counter()
+    shares = shared_tile((parts, ROWS, share), jnp.float32)
     out_MF = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((rows, F), dtype),
@@ -143,7 +146,7 @@ def streamed_product(
             shared_tile((stages, rows, DEPTH), dtype),
             shared_tile((stages, ROWS, DEPTH), weight.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            *(from_others if parts > 1 else ()),
+            *((shares, shares, counter()) if parts > 1 else ()),
         ],
         interpret=interpret,
     )(x_MD, weight, residual_MF)

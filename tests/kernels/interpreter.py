@@ -115,15 +115,21 @@ def counting(callbacks):
         return token
 
     @callbacks.fail_on_exception
-    def give_all(token, thread, location, boxes, places, counter, parcels):
-        for block, parcel in enumerate(parcels):
+    def give_all(token, thread, location, boxes, places, counter, tiles):
+        memory = callbacks._get_shared_memory()
+        info = callbacks.memory.GPULoggingInfo(location, thread)
+        sources = [callbacks.HostAllocationKey.from_array(tile) for tile in tiles]
+        values = [memory.get_buffer_content(at, memory.access(at, ()), thread, logging_info=info)[0] for at in sources]
+        blocks = next(len(value) for value in values if value.ndim == 3)
+        for block in range(blocks):
             there = in_block(block, counter)
             with changed:
                 _, counts, _ = state()
                 assert changed.wait_for(lambda: key([there]) in counts, timeout=60)  # noqa: B023
-            for value, box, place in zip(parcel, boxes, places, strict=True):
+            given = [value[block] if value.ndim == 3 else value for value in values]
+            for value, box, place in zip(given, boxes, places, strict=True):
                 callbacks._swap(token, location, thread, in_block(block, box), place, value, None)
-            add_one(token, thread, there, number=sum(np.asarray(value).nbytes for value in parcel))
+            add_one(token, thread, there, number=sum(value.nbytes for value in given))
         return token
 
     def in_block(number, array):
@@ -154,9 +160,11 @@ def counting(callbacks):
             case "wait_for_bytes":
                 run, operands = wait_until, (*arguments, 0)
             case "give_all":
-                boxes, counter, _, parcels = arguments
+                boxes, counter, _, tiles = arguments
                 places = jax.tree.unflatten(equation.params["pytree_ref_transforms"], place)[: len(boxes)]
-                run, operands = give_all, (self.mesh_location, boxes, places, counter, parcels)
+                run, operands = give_all, (self.mesh_location, boxes, places, counter, tiles)
+            case "wait_for_cluster":
+                return token, []
         return callback.io_callback(run, callbacks.TOKEN_SHAPE_DTYPE, token, self.thread, *operands), []
 
     return interpret
