@@ -38,6 +38,7 @@ from dmax_jax.kernels.expert_tiles import (
 from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, kernel, multiprocessors, signal, wait_for
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
+from dmax_jax.kernels.row_digits import MAX_ROWS as MAX_ROWS_IN_DIGITS
 from dmax_jax.kernels.row_digits import Digits, in_digits, joined
 
 GROUP = 32  # experts whose tiles are counted together: looking at a counter takes longer than fetching a stage
@@ -88,7 +89,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
     depth = math.gcd(stage_depth(M, D), F)
     other_types = [*exchange(M, dtype), *SharedList.scratch(WARPGROUPS, weights_ML.shape[1])]
     other_bytes = exchange_bytes(M, dtype) + SharedList.scratch_bytes(weights_ML.shape[1])
-    digits = in_digits(x_MD) if weight_dtype == jnp.int8 else None
+    digits = in_digits(x_MD) if weight_dtype == jnp.int8 and M <= MAX_ROWS_IN_DIGITS else None
     stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes, digits is not None)
     tiles, features = F // ROWS, D // WIDTH
     hidden_steps, out_steps = D // depth, F // depth
