@@ -11,7 +11,7 @@ from jax import lax
 
 BASE = 128
 LARGEST = 127 * BASE  # high digits up to 127, low ones from -64 to 64
-MAX_ROWS = 64  # sums for more rows' digits than these take more registers than a thread has
+MOST_ROWS = 64  # sums for more rows' digits than these take more registers than a thread has
 
 
 @struct.dataclass

@@ -38,8 +38,7 @@ from dmax_jax.kernels.expert_tiles import (
 from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, kernel, multiprocessors, signal, wait_for
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
-from dmax_jax.kernels.row_digits import MAX_ROWS as MAX_ROWS_IN_DIGITS
-from dmax_jax.kernels.row_digits import Digits, in_digits, joined
+from dmax_jax.kernels.row_digits import MOST_ROWS, Digits, in_digits, joined
 
 GROUP = 32  # experts whose tiles are counted together: looking at a counter takes longer than fetching a stage
 
@@ -81,15 +80,15 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
     multiprocessor, no other such kernel beside it (nor another process's, under MPS), no vmap. As every block makes its
     tiles before it waits for another's, all of them are made.
 
-    Gate and up in int8 multiply the rows' digits, so that no weight is converted; down's weights are, as its rows are
-    the hidden features of all blocks.
+    Gate and up in int8 multiply the digits of at most 64 rows, so that none of their weights is converted. Down's are,
+    as no block has seen the largest magnitude of the hidden features that it would take digits of.
     """
     (M, D), (E, F, _) = x_MD.shape, experts[0].shape
     dtype, weight_dtype = x_MD.dtype, experts[0].dtype
     depth = math.gcd(stage_depth(M, D), F)
     other_types = [*exchange(M, dtype), *SharedList.scratch(WARPGROUPS, weights_ML.shape[1])]
     other_bytes = exchange_bytes(M, dtype) + SharedList.scratch_bytes(weights_ML.shape[1])
-    digits = in_digits(x_MD) if weight_dtype == jnp.int8 and M <= MAX_ROWS_IN_DIGITS else None
+    digits = in_digits(x_MD) if weight_dtype == jnp.int8 and M <= MOST_ROWS else None
     stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes, digits is not None)
     tiles, features = F // ROWS, D // WIDTH
     hidden_steps, out_steps = D // depth, F // depth
