@@ -39,11 +39,16 @@ def stage_depth(rows: int, columns: int) -> int:
     return math.gcd(256 if rows <= 64 else 128, columns)
 
 
-def ring(rows: int, depth: int, row_dtype, weight_dtype, other_bytes: int) -> tuple[int, list]:
-    """How many stages fit beside `other_bytes`, and the scratch of a ring: rows, weights by half, barriers."""
+def ring(rows: int, depth: int, row_dtype, weight_dtype, other_bytes: int, digits: bool = False) -> tuple[int, list]:
+    """How many stages fit beside `other_bytes`, and the scratch of a ring: rows, weights by half, barriers.
+
+    With `digits`, the memory for rows of two bytes is also that for their digits: [rows, digits].
+    """
     row_bytes, weight_bytes = (jnp.dtype(dtype).itemsize for dtype in (row_dtype, weight_dtype))
     stages = stages_that_fit((rows * row_bytes + WIDTH * weight_bytes) * depth, other_bytes)
     rows_s = shared_tile((stages, rows, depth), row_dtype)
+    if digits:
+        rows_s = plgpu.RefUnion(rows_s, shared_tile((stages, 2 * rows, depth), jnp.int8))
     weights_s = shared_tile((WARPGROUPS, stages, ROWS, depth), weight_dtype)
     return stages, [rows_s, weights_s, *barriers(copies=1 + WARPGROUPS, warpgroups=WARPGROUPS, stages=stages)]
 
@@ -54,7 +59,11 @@ def expert_at(ids, place: jax.Array, experts: int) -> jax.Array:
 
 
 def products(stream: Stream, weights_s, rows_s, start, stop) -> jax.Array:
-    """Sums weights times rows over the stages of some steps: [64, M] float32, by one warpgroup."""
+    """Sums weights times rows over the stages of some steps: [64, M], by one warpgroup.
+
+    The sums are float32; those of int8 weights times int8 digits of rows are int32.
+    """
+    dtype = jnp.int32 if rows_s.dtype == jnp.int8 else jnp.float32
 
     def multiply_all(total):
         @pl.loop(start, stop)
@@ -63,7 +72,7 @@ def products(stream: Stream, weights_s, rows_s, start, stop) -> jax.Array:
 
         return total[...]
 
-    return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, rows_s.shape[1]), jnp.float32))
+    return pl.run_scoped(multiply_all, plgpu.ACC((ROWS, rows_s.shape[1]), dtype))
 
 
 def exchange_bytes(rows: int, dtype) -> int:
@@ -128,5 +137,5 @@ def write_hidden(turns, target, announce, raised_s, hidden_s, raised_full, raise
 
 
 def row_weights(weights, rows: int) -> jax.Array:
-    """The first weights of `weights`, as `make_hidden` takes them."""
+    """The first of a reference to numbers of rows, as `make_hidden` takes the rows' weights."""
     return plgpu.load(weights.at[pl.ds(0, rows)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)

@@ -1,7 +1,7 @@
 """Tiles of 8-bit weights within the kernels for Hopper GPUs: their products on the matrix units, and their scales.
 
-The matrix units multiply bfloat16 by bfloat16, so 8-bit weights become bfloat16, which holds them exactly, on the way
-from shared memory to them. The scales multiply sums and not weights.
+The matrix units multiply factors of one width, so 8-bit weights that meet rows in bfloat16 become bfloat16, which holds
+them exactly, on the way from shared memory to them. The scales multiply sums and not weights.
 """
 
 import jax.numpy as jnp

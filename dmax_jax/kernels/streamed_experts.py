@@ -38,6 +38,7 @@ from dmax_jax.kernels.expert_tiles import (
 from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, kernel, multiprocessors, signal, wait_for
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
+from dmax_jax.kernels.row_digits import MOST_ROWS, Digits, in_digits, joined
 
 GROUP = 32  # experts whose tiles are counted together: looking at a counter takes longer than fetching a stage
 
@@ -78,13 +79,17 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
     32 listed experts that are done, which down waits for. So all blocks have to run at once: at most one per
     multiprocessor, no other such kernel beside it (nor another process's, under MPS), no vmap. As every block makes its
     tiles before it waits for another's, all of them are made.
+
+    Gate and up in int8 multiply the digits of at most 64 rows, so that none of their weights is converted. Down's are,
+    as no block has seen the largest magnitude of the hidden features that it would take digits of.
     """
     (M, D), (E, F, _) = x_MD.shape, experts[0].shape
     dtype, weight_dtype = x_MD.dtype, experts[0].dtype
     depth = math.gcd(stage_depth(M, D), F)
     other_types = [*exchange(M, dtype), *SharedList.scratch(WARPGROUPS, weights_ML.shape[1])]
     other_bytes = exchange_bytes(M, dtype) + SharedList.scratch_bytes(weights_ML.shape[1])
-    stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes)
+    digits = in_digits(x_MD) if weight_dtype == jnp.int8 and M <= MOST_ROWS else None
+    stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes, digits is not None)
     tiles, features = F // ROWS, D // WIDTH
     hidden_steps, out_steps = D // depth, F // depth
     parts = blocks // features
@@ -94,6 +99,8 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
     def body(
         x, experts, shared, weights, weight_columns, counters, out, hidden, rows_s, weights_s, full, empty, *others
     ):  # fmt: skip
+        rows_s, x_s = rows_s if isinstance(x, Digits) else (rows_s, rows_s)  # of down, of gate and up
+        x, largest = (x.values, x.largest) if isinstance(x, Digits) else (x, None)
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         exchanged, listing = others[:-4], SharedList(WARPGROUPS, *others[-4:])
         pl.when(warpgroup < WARPGROUPS)(lambda: listing.make(weights))
@@ -143,7 +150,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
                 def _gate_and_up():
                     listed, start = place(lax.div(step, hidden_steps))
                     columns = pl.ds(lax.rem(step, hidden_steps) * depth, depth)
-                    plgpu.copy_gmem_to_smem(x.at[:, columns], rows_s.at[slot], barrier)
+                    plgpu.copy_gmem_to_smem(x.at[:, columns], x_s.at[slot], barrier)
                     for half in range(WARPGROUPS):
                         fetch(half, half, listed, start, columns)
 
@@ -180,7 +187,8 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
             def product(turn, matrix):
                 scale = scale_of(matrix, *place(turn))
                 steps = turn * hidden_steps, (turn + 1) * hidden_steps
-                return scaled(products(stream, weights_s.at[matrix], rows_s, *steps), scale)
+                sums = products(stream, weights_s.at[matrix], x_s, *steps)
+                return scaled(sums if largest is None else joined(sums, row_weights(largest, M)), scale)
 
             def weights_of(turn):
                 listed, _ = place(turn)
@@ -216,7 +224,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
         scratch_types=[*ring_types, *other_types],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_MD, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
+    )(digits or x_MD, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
 
 
 class Deal:
