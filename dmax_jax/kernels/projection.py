@@ -1,5 +1,7 @@
 """Products of rows with a matrix, and the kernel for few rows: what takes long then is reading the matrix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,22 +27,27 @@ MAX_PARTS = 8  # blocks of threads in a cluster
 DEPTH = 128  # columns of the weights in a stage
 
 
-def project_rows(x: jax.Array, weight: Weight, residual: jax.Array | None = None) -> jax.Array:
-    """[..., in] times weight [out, in], plus the residual [..., out] if there is one, in the dtype of `x`: [..., out].
+def project_rows(
+    x: jax.Array, weight: Weight, residual: jax.Array | None = None, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """[..., in] times weight [out, in], plus the residual [..., out] if there is one: [..., out].
 
-    The product is rounded before the sum, as by `project`.
+    The product is rounded to `dtype`, default that of `x`, before the sum. bfloat16 factors stay what they are.
     """
+    dtype = dtype or x.dtype
     rows = x.size // x.shape[-1]
     if not (is_hopper() and suits(x.dtype, rows, weight)):
-        return plain_product(x, weight, residual)
+        return plain_product(x, weight, residual, dtype=dtype)
     x_MD, residual_MF = (None if a is None else a.reshape(rows, a.shape[-1]) for a in (x, residual))
-    product = differentiated_as(plain_product)(streamed_product)
-    return product(x_MD, weight, residual_MF).reshape(*x.shape[:-1], weight.shape[0])
+    plain, streamed = (functools.partial(product, dtype=dtype) for product in (plain_product, streamed_product))
+    return differentiated_as(plain)(streamed)(x_MD, weight, residual_MF).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def plain_product(x: jax.Array, weight: Weight, residual: jax.Array | None) -> jax.Array:
+def plain_product(x: jax.Array, weight: Weight, residual: jax.Array | None, *, dtype: jnp.dtype) -> jax.Array:
     """`project_rows` by XLA."""
-    out = project(x, weight)
+    if dtype != x.dtype and not isinstance(weight, QuantisedWeight):
+        weight = weight.astype(dtype)
+    out = project(x.astype(dtype), weight)
     return out if residual is None else residual + out
 
 
@@ -64,9 +71,15 @@ def parts_that_fit(rows: int, features: int, depth: int) -> int:
     return parts
 
 
-@kernel("parts")
+@kernel("dtype", "parts")
 def streamed_product(
-    x_MD: jax.Array, weight: Weight, residual_MF: jax.Array | None = None, *, parts: int | None = None, interpret=False
+    x_MD: jax.Array,
+    weight: Weight,
+    residual_MF: jax.Array | None = None,
+    *,
+    dtype: jnp.dtype | None = None,
+    parts: int | None = None,
+    interpret=False,
 ) -> jax.Array:
     """`project_rows` of at most 128 rows on a Hopper GPU: [M, F].
 
@@ -74,13 +87,13 @@ def streamed_product(
     the columns. It stores its sums in the others' shared memory, and each block joins those of its share of the rows.
     """
     (M, D), (F, _) = x_MD.shape, weight.shape
-    dtype, rows = x_MD.dtype, filled_up(M)
+    dtype, rows = dtype or x_MD.dtype, filled_up(M)
     fill = (0, rows - M), (0, 0)
     x_MD = jnp.pad(x_MD, fill)
     residual_MF = None if residual_MF is None else jnp.pad(residual_MF, fill)
     parts = parts or parts_that_fit(rows, F, D)
     steps, share = D // parts // DEPTH, rows // parts
-    stage_bytes = (ROWS * weight.dtype.itemsize + rows * dtype.itemsize) * DEPTH
+    stage_bytes = (ROWS * weight.dtype.itemsize + rows * x_MD.dtype.itemsize) * DEPTH
     received_bytes = ROWS * rows * 4 if parts > 1 else 0
     stages = min(steps, stages_that_fit(stage_bytes, 2 * received_bytes, most=16))
     wgmma, turned = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
@@ -143,7 +156,7 @@ def streamed_product(
         cluster=(parts,),
         cluster_names=("part",),
         scratch_types=[
-            shared_tile((stages, rows, DEPTH), dtype),
+            shared_tile((stages, rows, DEPTH), x_MD.dtype),
             shared_tile((stages, ROWS, DEPTH), weight.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             *((shares, shares, counter()) if parts > 1 else ()),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.expert_choice import Choice, choose_experts
+from dmax_jax.kernels.projection import project_rows
 
 
 def route(x_MD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, config: ModelConfig) -> Choice:
@@ -14,10 +15,12 @@ def route(x_MD: jax.Array, router_ED: jax.Array, bias_E: jax.Array, config: Mode
     from the best groups, and the weights are the unbiased scores, normalised and scaled. It may be an array [>= M, E],
     a bias of its own for every row.
     """
-    # Products of bfloat16 values are exact in TF32, too, which a GPU's default rounds factors to.
-    exact = {x_MD.dtype, router_ED.dtype} == {jnp.dtype(jnp.bfloat16)}
-    precision = jax.lax.Precision.DEFAULT if exact else jax.lax.Precision.HIGHEST
-    logits_ME = jnp.dot(x_MD.astype(jnp.float32), router_ED.astype(jnp.float32).T, precision=precision)
+    # Products of bfloat16 values are exact in float32, and in TF32, which a GPU's default rounds float32 factors to.
+    if {x_MD.dtype, router_ED.dtype} == {jnp.dtype(jnp.bfloat16)}:
+        logits_ME = project_rows(x_MD, router_ED, dtype=jnp.float32)
+    else:
+        x_MD, router_ED = (array.astype(jnp.float32) for array in (x_MD, router_ED))
+        logits_ME = jnp.dot(x_MD, router_ED.T, precision=jax.lax.Precision.HIGHEST)
     return choose_experts(
         logits_ME,
         bias_E,
