@@ -1,7 +1,7 @@
 """Rows as whole numbers of two digits, so that the matrix units multiply int8 weights as they are, by int8.
 
 A row is about (its largest magnitude / 16256) * (128 high + low), both digits int8. That is finer than bfloat16 for
-entries above a 64th of the largest one. Sums of products with int8 weights are exact in int32, up to 2**17 columns.
+entries above about a 64th of the largest one. Sums of up to 2**17 products with int8 weights are exact in int32.
 """
 
 import jax
