@@ -1,7 +1,6 @@
 """The decoder stack: one function of parameters, embeddings, positions, mask and cache."""
 
 import contextlib
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +55,6 @@ def transformer(
     return Output(rms_norm(x_BTD, params.norm, config.rms_norm_eps), tuple(kv), tuple(loads))
 
 
-@functools.partial(jax.jit, static_argnames="config")  # so that layers that are alike are traced and lowered once
 def _layer(x_BTD, layer: Layer, angles, visible, cached, config: ModelConfig):
     with jax.named_scope("attention"):
         normal_BTD = rms_norm(x_BTD, layer.attention_norm, config.rms_norm_eps)
