@@ -135,15 +135,6 @@ def param_shardings(config: ModelConfig, mesh: Mesh, rules: Rules) -> Params:
     return jax.tree.map(sharding, param_specs(config))
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, rules: Rules) -> Params:
-    """The parameter tree with a sharded ShapeDtypeStruct at every leaf."""
-    return jax.tree.map(
-        lambda spec, sharding: jax.ShapeDtypeStruct(spec.shape, spec.dtype or dtype, sharding=sharding),
-        param_specs(config),
-        param_shardings(config, mesh, rules),
-    )
-
-
 def init_params(key: jax.Array, config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> Params:
     """Random initial values: normal matrices of standard deviation `initializer_range`, unit norms, zero biases."""
     specs, tree = jax.tree.flatten(param_specs(config))

@@ -107,9 +107,6 @@ class Study:
         """Its steps and batch size."""
         return training.steps or self.run.steps, training.batch_size or self.run.batch_size
 
-    def rows_of(self, training: str) -> list[Row]:
-        return [row for row in self.rows if row.training == training]
-
     def seeds_of(self, row: Row) -> int:
         return 1 if row.training == BASE else self.training(row.training).seeds
 
