@@ -52,6 +52,12 @@ class SharedList:
         active experts before its own: those of its warp by a vote, the others by the totals of warps.
         """
         M, E = weights.shape
+        if E % (self.warpgroups * THREADS):
+            raise ValueError(f"{E} experts are no multiple of the {self.warpgroups * THREADS} threads that list them")
+
+        def flags(values):
+            return jnp.where(values > 0, 1.0, 0.0)
+
         by_expert = plgpu.Layout.TCGEN05_TMEM_NATIVE(1)  # every thread has a row of an array
         by_thread = by_expert.reduce(1)
         starts = [first + lax.axis_index("warpgroup") * THREADS for first in range(0, E, self.warpgroups * THREADS)]
@@ -59,11 +65,11 @@ class SharedList:
         for start in starts:
             own = pl.ds(start, THREADS)
             if M == 1:  # for which Mosaic (jax 0.11) finds no layout in two dimensions
-                most_C = plgpu.load(weights.at[0, own], layout=by_thread, optimized=False)
+                is_active_C = flags(plgpu.load(weights.at[0, own], layout=by_thread, optimized=False))
             else:
                 weights_CM = plgpu.load(weights.at[:, own].transpose((1, 0)), layout=by_expert, optimized=False)
-                most_C = jnp.max(weights_CM, axis=1)
-            active.append(jnp.where(most_C > 0, 1, 0))
+                is_active_C = jnp.max(flags(weights_CM), axis=1)  # of flags, as a row of NaN hides no other row's
+            active.append(is_active_C.astype(jnp.int32))
             upto.append(sum_in_warp(active[-1], by_thread))
             self.upto_s[own] = upto[-1]
         plgpu.barrier_arrive(self.counted)

@@ -35,13 +35,13 @@ def expect(counter, size: int) -> None:
     expect_bytes(counter, lax.full((), size, "int32"))
 
 
-def give(tiles, boxes, counter, blocks: int) -> None:
+def give(tiles, boxes, counter) -> None:
     """Copies tiles from this block's shared memory to that of all blocks of the cluster, itself included.
 
     The n-th block gets `tile[n]` of each tile [blocks, rows, columns], and all of each tile [rows, columns], in a box
     [blocks, rows, columns] of its own, at this block's number. All are `shared_tile`s.
     """
-    own = lax.axis_index("part")
+    own, blocks = lax.axis_index("part"), boxes[0].shape[0]
     plgpu.commit_smem()
 
     def types(refs):

@@ -246,7 +246,7 @@ def fused_decode_attention(
             own_sums_s[...] = sums
             for number in range(parts):
                 own_shares_s[number] = lax.slice(joined, (0, number * share), (ROWS, (number + 1) * share))
-            give([own_shares_s, own_sums_s], [shares_s, sums_s], received, parts)
+            give([own_shares_s, own_sums_s], [shares_s, sums_s], received)
             wait_for_all(received)
             sums = [load(sums_s.at[i]) for i in range(parts)]
             best = functools.reduce(jnp.maximum, sums)

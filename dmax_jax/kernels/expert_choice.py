@@ -1,4 +1,4 @@
-"""Which experts each row takes, and which are taken at all: groups first, then experts."""
+"""Which experts each row takes: groups first, then experts."""
 
 import functools
 
@@ -21,7 +21,7 @@ class Choice:
 
     weights_ME: jax.Array  # float32; 0 where a row does not take an expert
     columns_EM: jax.Array  # the same, an expert's weights side by side; filled up with 0 to `filled_up(M)` columns
-    zeros_E: jax.Array  # int32, for a kernel to count in: a program that only wrote them would cost more
+    zeros_E: jax.Array  # int32, for the experts' kernel to count in: a program that only wrote them would cost more
 
 
 def choose_experts(
@@ -57,10 +57,10 @@ def choose_by_ranks(logits_ME, bias, *, groups: int, kept_groups: int, experts_p
     kept_MG = ranks(largest_pair_sum(biased_MGN)) < kept_groups
     reachable_ME = jnp.where(kept_MG[:, :, None], biased_MGN, -jnp.inf).reshape(M, E)
     chosen_ME = jnp.where(ranks(reachable_ME) < experts_per_row, scores_ME, 0)
-    return listed(chosen_ME / (chosen_ME.sum(-1, keepdims=True) + 1e-20) * scale)
+    return choice_of(chosen_ME / (chosen_ME.sum(-1, keepdims=True) + 1e-20) * scale)
 
 
-def listed(weights_ME: jax.Array) -> Choice:
+def choice_of(weights_ME: jax.Array) -> Choice:
     """The choice that rows with these weights have made."""
     M, E = weights_ME.shape
     columns_EM = jnp.pad(weights_ME.T, ((0, 0), (0, filled_up(M) - M)))

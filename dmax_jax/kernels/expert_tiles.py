@@ -35,7 +35,7 @@ def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
 
 
 def stage_depth(rows: int, columns: int) -> int:
-    """Columns of the weights in a stage: few large copies, if the rows leave room for several stages."""
+    """Columns of the weights in a stage: few large copies, if the rows leave room for two stages or more."""
     return math.gcd(256 if rows <= 64 else 128, columns)
 
 
@@ -136,6 +136,6 @@ def write_hidden(turns, target, announce, raised_s, hidden_s, raised_full, raise
         announce(turn)
 
 
-def row_weights(weights, rows: int) -> jax.Array:
-    """The first of a reference to numbers of rows, as `make_hidden` takes the rows' weights."""
-    return plgpu.load(weights.at[pl.ds(0, rows)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+def per_row(numbers, rows: int) -> jax.Array:
+    """A number for each of the first rows, laid out as the columns of the sums."""
+    return plgpu.load(numbers.at[pl.ds(0, rows)], layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)

@@ -19,9 +19,9 @@ from dmax_jax.kernels.expert_tiles import (
     exchange_bytes,
     expert_at,
     make_hidden,
+    per_row,
     products,
     ring,
-    row_weights,
     stage_depth,
     write_hidden,
 )
@@ -70,7 +70,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
                 scale = load_scale(matrices[matrix], expert_at(ids, tile, E), None, 0.0, channels)
                 return scaled(products(stream, weights_s.at[matrix], rows_s, turn * steps, (turn + 1) * steps), scale)
 
-            make_hidden(own, product, lambda turn: row_weights(weights.at[place(turn)[0]], R), *exchanged)
+            make_hidden(own, product, lambda turn: per_row(weights.at[place(turn)[0]], R), *exchanged)
 
         @pl.when(warpgroup == WRITER)
         def _write():

@@ -135,7 +135,7 @@ def streamed_product(
         if parts > 1:
             for number in range(parts):
                 given_s[number] = lax.slice(total_FM, (0, number * share), (ROWS, (number + 1) * share))
-            give([given_s], [received_s], received, parts)
+            give([given_s], [received_s], received)
             wait_for_all(received)
             total_FM = sum(load(received_s.at[i], wgmma) for i in range(parts))
         if isinstance(weight, QuantisedWeight):

@@ -28,9 +28,9 @@ from dmax_jax.kernels.expert_tiles import (
     exchange_bytes,
     expert_at,
     make_hidden,
+    per_row,
     products,
     ring,
-    row_weights,
     stage_depth,
     suits_kernels,
     write_hidden,
@@ -72,13 +72,13 @@ def streamed_experts(
 def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, interpret=False) -> jax.Array:
     """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 
-    The parts are float32; M is 16, 32, 64 or 128, of which the rows' weights may have fewer, and the columns of the
-    same weights more. `weights_ML` is filled up with experts of weight 0 to a multiple of 256. First, every block of
-    threads lists the active experts for itself. Then, blocks walk over tiles of (expert, 64 features) of gate and up,
-    and after that each one multiplies some of the experts by 128 features of down. `zeros_E` count the tiles of every
-    32 listed experts that are done, which down waits for. So all blocks have to run at once: at most one per
-    multiprocessor, no other such kernel beside it (nor another process's, under MPS), no vmap. As every block makes its
-    tiles before it waits for another's, all of them are made.
+    The parts are float32; M is 16, 32, 64 or 128, of which the rows' weights may have fewer. `weights_ML` is filled up
+    with experts of weight 0 to a multiple of 256. First, every block of threads lists the active experts for itself.
+    Then, blocks walk over tiles of (expert, 64 features) of gate and up, and after that each one multiplies some of the
+    experts by 128 features of down. `zeros_E` count the tiles of every 32 listed experts that are done, which down
+    waits for. So all blocks have to run at once: at most one per multiprocessor, no other such kernel beside it (nor
+    another process's, under MPS), no vmap. As every block makes its tiles before it waits for another's, all of them
+    are made.
 
     Gate and up in int8 multiply the digits of at most 64 rows, so that none of their weights is converted. Down's are,
     as no block has seen the largest magnitude of the hidden features that it would take digits of.
@@ -184,16 +184,18 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
                 expert, channels = expert_at(ids, listed, E), pl.ds(start, ROWS)
                 return load_scale(experts[matrix], expert, shared[matrix], share_of(listed), channels)
 
+            largest_M = None if largest is None else per_row(largest, M)
+
             def product(turn, matrix):
                 scale = scale_of(matrix, *place(turn))
                 steps = turn * hidden_steps, (turn + 1) * hidden_steps
                 sums = products(stream, weights_s.at[matrix], x_s, *steps)
-                return scaled(sums if largest is None else joined(sums, row_weights(largest, M)), scale)
+                return scaled(sums if largest is None else joined(sums, largest_M), scale)
 
             def weights_of(turn):
                 listed, _ = place(turn)
                 share = share_of(listed)
-                return row_weights(weight_columns.at[expert_at(ids, listed, E)], M) * (1 - share) + share
+                return per_row(weight_columns.at[expert_at(ids, listed, E)], M) * (1 - share) + share
 
             make_hidden(turns, product, weights_of, *exchanged)
             own_s, own = weights_s.at[warpgroup], pl.ds(feature * WIDTH + warpgroup * ROWS, ROWS)
@@ -224,7 +226,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
         scratch_types=[*ring_types, *other_types],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(digits or x_MD, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
+    )(x_MD if digits is None else digits, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
 
 
 class Deal:

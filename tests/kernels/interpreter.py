@@ -94,6 +94,12 @@ def counting(callbacks):
         return token
 
     @callbacks.fail_on_exception
+    def wait_for_bytes(token, thread, counter):
+        token = wait_until(token, thread, counter, 0)
+        assert state()[1][key([counter])] == 0  # no more than expected
+        return token
+
+    @callbacks.fail_on_exception
     def store(token, thread, mesh_location, ref, *arrays):
         values, *places = map(np.asarray, arrays)
         memory = callbacks._get_shared_memory()
@@ -160,7 +166,7 @@ def counting(callbacks):
             case "expect_bytes":
                 run, operands = expect_bytes, arguments
             case "wait_for_bytes":
-                run, operands = wait_until, (*arguments, 0)
+                run, operands = wait_for_bytes, arguments
             case "give_all":
                 boxes, counter, _, tiles = arguments
                 places = jax.tree.unflatten(equation.params["pytree_ref_transforms"], place)[: len(boxes)]

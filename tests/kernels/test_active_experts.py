@@ -45,6 +45,7 @@ def list_in_shared_memory(weights, *, interpret):
 def test_warpgroups_list_the_active_ones_in_order_and_then_the_others(share):
     active = np.random.default_rng(0).random(512) < share
     weights = jnp.zeros((3, 512)).at[np.arange(512) % 3, np.arange(512)].set(jnp.float32(active))
+    weights = jnp.concatenate([weights, jnp.full((1, 512), jnp.nan)])  # one row of NaN changes nothing for others
     *ids, count = interpreted(list_in_shared_memory, weights).tolist()
     assert count == active.sum()
     assert ids == [*np.flatnonzero(active), *np.flatnonzero(~active)]

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmax_jax.kernels.expert_choice import listed
+from dmax_jax.kernels.expert_choice import choice_of
 from dmax_jax.kernels.grouped_experts import count_above, group_rows, grouped_experts, tile_rows
 from dmax_jax.kernels.grouped_products import tile_hidden, tile_outputs
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
@@ -31,7 +31,7 @@ def single(tree, dtype):
 )
 def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, among, blocks):
     x, weights, routed, shared = draw(rows, rows, D, F, experts, chosen, among, shared_width=64)
-    choice = listed(single(weights, jnp.float32))
+    choice = choice_of(single(weights, jnp.float32))
     given = single((x, routed, shared), jnp.bfloat16)
     found = interpreted(grouped_experts, given[0], choice, *given[1:], experts_per_row=per_row, blocks=blocks)
     wide = single(given, jnp.float32)
@@ -45,7 +45,7 @@ def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, am
 @pytest.mark.parametrize(("rows", "experts", "per_row"), [(40, 12, 3), (50, 6, 3), (70, 3, 2)])  # tiles of 16, 64, 128
 def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, experts, per_row, kind):
     x, weights, routed, shared = draw(rows, rows, D, F, experts, per_row, None, shared_width=64)
-    choice = listed(single(weights, jnp.float32))
+    choice = choice_of(single(weights, jnp.float32))
     x = jnp.asarray(x, jnp.bfloat16)
     factors = [1 + np.arange(matrix.shape[1])[:, None] % 5 for matrix in routed]  # scales differ much
     routed = [quantise(jnp.asarray(matrix * factor), kind) for matrix, factor in zip(routed, factors, strict=True)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels import projection
-from dmax_jax.kernels.projection import parts_that_fit, project_rows, streamed_product, suits
+from dmax_jax.kernels.projection import parts_that_fit, plain_product, project_rows, streamed_product, suits
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, project, quantise
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
@@ -64,18 +64,18 @@ def test_which_products_the_kernel_makes(monkeypatch, hopper):
     seen = []
     monkeypatch.setattr(projection, "is_hopper", lambda: hopper)
     monkeypatch.setattr(projection, "multiprocessors", lambda: 132)
-    monkeypatch.setattr(projection, "streamed_product", lambda *a, dtype: seen.append(dtype) or plain(*a))
-
-    def plain(x_MD, weight, residual_MF):
-        out = project(x_MD, weight)
-        return out if residual_MF is None else residual_MF + out
+    monkeypatch.setattr(
+        projection, "streamed_product", lambda *a, dtype: seen.append(dtype) or plain_product(*a, dtype=dtype)
+    )
 
     x, weight, residual = draw(24, 64, 128)
     x, residual = x.reshape(2, 12, 128), residual.reshape(2, 12, 64)
     np.testing.assert_array_equal(project_rows(x, weight), project(x, weight))
     np.testing.assert_array_equal(project_rows(x, weight, residual), residual + project(x, weight))
     np.testing.assert_array_equal(project_rows(x, quantise(weight, "fp8")), project(x, quantise(weight, "fp8")))
-    assert len(seen) == 3 * hopper
+    wide = project_rows(x, weight, dtype=jnp.float32)
+    np.testing.assert_array_equal(wide, project(x.astype(jnp.float32), weight.astype(jnp.float32)))
+    assert seen == [jnp.bfloat16, jnp.bfloat16, jnp.bfloat16, jnp.float32][: 4 * hopper]
     for dtype, rows, shape in [
         ("float32", 24, (64, 128)),
         ("bfloat16", 129, (64, 128)),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels import routed_experts as module
-from dmax_jax.kernels.expert_choice import listed
+from dmax_jax.kernels.expert_choice import choice_of
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
 from dmax_jax.kernels.routed_experts import (
     DENSE_EXPERTS,
@@ -82,7 +82,7 @@ def expected(x, weights, experts, shared, out_gradient):
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def run(implementation, experts_per_row, x, weights, experts, shared, out_gradient):
     def apply(x, weights, experts, shared):
-        return implementation(x, listed(weights), experts, shared, experts_per_row=experts_per_row)
+        return implementation(x, choice_of(weights), experts, shared, experts_per_row=experts_per_row)
 
     out, pull_back = jax.vjp(apply, x, weights, experts, shared)
     return out, pull_back(out_gradient)
@@ -137,7 +137,7 @@ def test_a_row_without_experts_has_the_shared_one(implementation):
 def test_bfloat16_products(implementation):
     inputs = draw(5, 40, 16, 24, 8, 2)
     x, experts, shared = jax.tree.map(lambda array: jnp.asarray(array, jnp.bfloat16), (inputs[0], *inputs[2:]))
-    choice = listed(jnp.asarray(inputs[1], jnp.float32))
+    choice = choice_of(jnp.asarray(inputs[1], jnp.float32))
     out = jax.jit(implementation, static_argnames="experts_per_row")(x, choice, experts, shared, experts_per_row=2)
     assert out.dtype == jnp.bfloat16
     close(np.asarray(out, np.float64), expected(*inputs, inputs[0])[0], 0.02)
@@ -172,7 +172,7 @@ def run_quantised(implementation, inputs, experts_per_row, kind, dtype=jnp.float
     x, weights, *matrices = inputs
     x = jnp.asarray(x, dtype)
     quantised = jax.tree.map(lambda matrix: quantise(jnp.asarray(matrix), kind), matrices)
-    arguments = x, listed(jnp.asarray(weights, jnp.float32)), *quantised
+    arguments = x, choice_of(jnp.asarray(weights, jnp.float32)), *quantised
     out = jax.jit(functools.partial(implementation, experts_per_row=experts_per_row))(*arguments)
     plain = [[np.asarray(dequantise(matrix), np.float64) for matrix in group] for group in quantised]
     return out, expected(np.asarray(x, np.float64), weights, *plain, np.zeros(x.shape))[0]
@@ -220,5 +220,5 @@ def test_what_runs_8_bit_experts(rows, experts, hopper, chosen, kind, monkeypatc
     monkeypatch.setattr(module, "differentiated_as", lambda plain: lambda function: function)
     x, weights, *matrices = draw(7, rows, 128, 128, experts, 2, shared_width=128)
     quantised = [[quantise(jnp.asarray(matrix), kind) for matrix in group] for group in matrices]
-    choice = listed(jnp.asarray(weights, jnp.float32))
+    choice = choice_of(jnp.asarray(weights, jnp.float32))
     assert routed_experts(jnp.asarray(x, jnp.bfloat16), choice, *quantised, experts_per_row=2) == chosen

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmax_jax.kernels.expert_choice import listed
+from dmax_jax.kernels import streamed_experts as streamed_experts_module
+from dmax_jax.kernels.expert_choice import choice_of
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
 from dmax_jax.kernels.streamed_experts import Deal, can_stream, streamed_experts
@@ -19,7 +20,7 @@ def single(tree, dtype):
 
 def inputs_of(rows: int, among=None, chosen=X):
     x, weights, experts, shared = draw(rows, rows, D, F, E, chosen, among, shared_width=F)
-    return *single((x, experts, shared), jnp.bfloat16), listed(single(weights, jnp.float32))
+    return *single((x, experts, shared), jnp.bfloat16), choice_of(single(weights, jnp.float32))
 
 
 def rounded(matrices, kind):
@@ -68,6 +69,15 @@ def test_no_expert_one_and_all_with_more_blocks_than_there_is_work(chosen, kind)
 
 
 @needs_interpreter
+def test_experts_in_many_groups_of_two_and_two_stages_of_a_product_with_down(monkeypatch):
+    monkeypatch.setattr(streamed_experts_module, "GROUP", 2)
+    monkeypatch.setitem(globals(), "F", 512)
+    streamed_experts_module.expert_sums.clear_cache()
+    check(20, None, blocks=5, kind="int8")
+    streamed_experts_module.expert_sums.clear_cache()
+
+
+@needs_interpreter
 def test_too_few_blocks_are_refused():
     x, experts, shared, choice = inputs_of(4)
     with pytest.raises(ValueError, match="blocks=1"):
@@ -80,7 +90,7 @@ def test_every_expert_is_dealt_to_one_block_of_each_tile_of_features(active, blo
     tiles, extra = 8, 4
     block_B = jnp.arange(blocks)
     deal = Deal(jnp.int32(active), tiles, blocks, features, extra, block_B)
-    listed_AB = np.asarray(jax.vmap(deal.listed)(jnp.arange(active)))
+    listed_AB = np.asarray(jax.vmap(deal.choice_of)(jnp.arange(active)))
     dealt_AB = np.arange(active)[:, None] < np.asarray(deal.items)
     read_B = -(-(active * tiles - np.arange(blocks)) // blocks) * extra + np.asarray(deal.items)
     for feature in range(features):
