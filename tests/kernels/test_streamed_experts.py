@@ -90,7 +90,7 @@ def test_every_expert_is_dealt_to_one_block_of_each_tile_of_features(active, blo
     tiles, extra = 8, 4
     block_B = jnp.arange(blocks)
     deal = Deal(jnp.int32(active), tiles, blocks, features, extra, block_B)
-    listed_AB = np.asarray(jax.vmap(deal.choice_of)(jnp.arange(active)))
+    listed_AB = np.asarray(jax.vmap(deal.listed)(jnp.arange(active)))
     dealt_AB = np.arange(active)[:, None] < np.asarray(deal.items)
     read_B = -(-(active * tiles - np.arange(blocks)) // blocks) * extra + np.asarray(deal.items)
     for feature in range(features):
