@@ -7,9 +7,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
 
-from dmax_jax.kernels.hopper import scatter
+from dmax_jax.kernels.hopper import scatter, word_type
 
 THREADS = 128  # of a warpgroup
 WARP = 32
@@ -112,7 +111,7 @@ def sum_in_warp(flags_C, layout):
         }"""
         registers = np.empty_like(flags.registers)
         for place, flag in np.ndenumerate(flags.registers):
-            one = mgpu.utils.bitcast(flag, ir.IntegerType.get_signless(32))
+            one = mgpu.utils.bitcast(flag, word_type())
             sum_ = mgpu.utils.inline_ptx(count, one, result_types=one.type, has_side_effects=True, convergent=True)
             registers[place] = mgpu.utils.bitcast(sum_, flag.type)
         return mgpu.FragmentedArray(_registers=registers, _layout=flags.layout, _is_signed=flags.is_signed)

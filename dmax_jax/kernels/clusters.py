@@ -10,10 +10,9 @@ import math
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
-from dmax_jax.kernels.hopper import tile_transforms
+from dmax_jax.kernels.hopper import tile_transforms, word_type
 
 
 def counter():
@@ -56,7 +55,7 @@ def give(tiles, boxes, counter) -> None:
         own = own.registers.item()
         with utils.when(utils.single_thread_predicate()):
             for number in range(1, blocks + 1):  # from the block after it on, so that not all give to the same one
-                peer = arith.remui(arith.addi(own, utils.c(number, integer(32))), utils.c(blocks, integer(32)))
+                peer = arith.remui(arith.addi(own, utils.c(number, word_type())), utils.c(blocks, word_type()))
                 for tile, box, size, step in zip(tiles, boxes, sizes, steps, strict=True):
                     copy = "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes"
                     utils.inline_ptx(
@@ -98,8 +97,4 @@ def leave() -> None:
 
 
 def barrier_in(counter) -> utils.BarrierRef:
-    return utils.BarrierRef(utils.memref_ptr(counter), utils.c(0, integer(32)), phases=None, num_barriers=1)
-
-
-def integer(bits: int) -> ir.Type:
-    return ir.IntegerType.get_signless(bits)
+    return utils.BarrierRef(utils.memref_ptr(counter), utils.c(0, word_type()), phases=None, num_barriers=1)

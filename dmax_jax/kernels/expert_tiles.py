@@ -84,12 +84,13 @@ def exchange(rows: int, dtype) -> list:
     return [shared_tile((ROWS, rows), jnp.float32), shared_tile((rows, ROWS), dtype), *[plgpu.Barrier()] * 4]
 
 
-def make_hidden(turns, product, weights_of, raised_s, hidden_s, raised_full, raised_empty, full, empty) -> None:
+def make_hidden(turns, product, weights_of, exchanged) -> None:
     """silu(gate x) * (up x) * weight for the tiles of 64 features of this block of threads, by two warpgroups.
 
     `product(turn, matrix)` is a tile's product with gate (0) or up (1), which the second warpgroup hands to the first,
-    and `weights_of(turn)` are the rows' weights. Every tile is left in `hidden_s` for `write_hidden`.
+    and `weights_of(turn)` are the rows' weights. Every tile is left in the scratch `exchanged` for `write_hidden`.
     """
+    raised_s, hidden_s, raised_full, raised_empty, full, empty = exchanged
 
     @pl.when(lax.axis_index("warpgroup") == 1)
     def _raise():
@@ -121,11 +122,12 @@ def make_hidden(turns, product, weights_of, raised_s, hidden_s, raised_full, rai
         pl.when(turns > 0)(lambda: plgpu.barrier_wait(empty))
 
 
-def write_hidden(turns, target, announce, raised_s, hidden_s, raised_full, raised_empty, full, empty) -> None:
+def write_hidden(turns, target, announce, exchanged) -> None:
     """Copies the tiles of `make_hidden` to `target(turn)` in global memory, by a warpgroup that has nothing else to do.
 
     `announce(turn)` is called when one has got there: that takes about a microsecond, which no product waits for.
     """
+    _, hidden_s, *_, full, empty = exchanged
 
     @pl.loop(0, turns)
     def _tile(turn):

@@ -38,7 +38,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
     stages, ring_types = ring(R, depth, dtype, weight_dtype, exchange_bytes(R, dtype))
     features, steps = F // ROWS, D // depth
 
-    def body(x, matrices, ids, upto, weights, out, rows_s, weights_s, full, empty, *exchanged):
+    def body(x, matrices, ids, upto, weights, out, rows_s, weights_s, full, empty, exchanged):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         own = pl.cdiv(upto[upto.shape[0] - 1] * features - block, blocks)
         stream = Stream(full, empty, stages)
@@ -70,7 +70,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
                 scale = load_scale(matrices[matrix], expert_at(ids, tile, E), None, 0.0, channels)
                 return scaled(products(stream, weights_s.at[matrix], rows_s, turn * steps, (turn + 1) * steps), scale)
 
-            make_hidden(own, product, lambda turn: per_row(weights.at[place(turn)[0]], R), *exchanged)
+            make_hidden(own, product, lambda turn: per_row(weights.at[place(turn)[0]], R), exchanged)
 
         @pl.when(warpgroup == WRITER)
         def _write():
@@ -80,7 +80,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
                 tile, channels = place(turn)
                 return out.at[tile, :, channels]
 
-            write_hidden(own, target, lambda turn: None, *exchanged)
+            write_hidden(own, target, lambda turn: None, exchanged)
 
     return plgpu.kernel(
         body,

@@ -165,15 +165,17 @@ def scatter(into_s, places, values_C, layout) -> None:
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, *[layout] * len(places)))
     def store(_, into_s, values, *places):
-        words = (
-            [utils.bitcast(word, ir.IntegerType.get_signless(32)) for word in array.registers.flat]
-            for array in (values, *places)
-        )
+        words = ([utils.bitcast(word, word_type()) for word in array.registers.flat] for array in (values, *places))
         for value, *place in zip(*words, strict=True):
             indices = [arith.index_cast(ir.IndexType.get(), index) for index in place]
             memref.store(utils.bitcast(value, into_s.type.element_type), into_s, indices)
 
     store(into_s, values_C, *places)
+
+
+def word_type() -> ir.Type:
+    """That of a register, for inline code."""
+    return ir.IntegerType.get_signless(32)
 
 
 def differentiated_as(plain):

@@ -13,6 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith
 
+from dmax_jax.kernels.hopper import word_type
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
 
 TOGETHER = 128  # columns that stand together in shared memory
@@ -80,10 +81,6 @@ def fp8_to_bfloat16(pair: ir.Value) -> ir.Value:
 
 def word(value: int) -> ir.Value:
     return mgpu.c(value, word_type())
-
-
-def word_type() -> ir.Type:
-    return ir.IntegerType.get_signless(32)
 
 
 def two_bfloat16(words: ir.Value) -> ir.Value:

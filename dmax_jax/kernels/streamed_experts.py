@@ -127,7 +127,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
                 listed, start = place(turn)
                 return hidden.at[listed, :, pl.ds(start, ROWS)]
 
-            write_hidden(turns, target, lambda turn: signal(done(lax.div(place(turn)[0], GROUP))), *exchanged)
+            write_hidden(turns, target, lambda turn: signal(done(lax.div(place(turn)[0], GROUP))), exchanged)
 
         @pl.when(warpgroup == FETCHER)
         def _fetch():
@@ -197,7 +197,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
                 share = share_of(listed)
                 return per_row(weight_columns.at[expert_at(ids, listed, E)], M) * (1 - share) + share
 
-            make_hidden(turns, product, weights_of, *exchanged)
+            make_hidden(turns, product, weights_of, exchanged)
             own_s, own = weights_s.at[warpgroup], pl.ds(feature * WIDTH + warpgroup * ROWS, ROWS)
 
             def add_scaled(turn, total_DM):

@@ -30,13 +30,13 @@ def constant(value, dtype):
 def on_numpy(monkeypatch):
     """What the kernels' inline code does to registers, done to arrays."""
     types = {
-        "IntegerType": SimpleNamespace(get_signless=lambda bits: np.dtype(f"<u{bits // 8}")),
         "BF16Type": SimpleNamespace(get=lambda: np.dtype(jnp.bfloat16)),
         "VectorType": SimpleNamespace(get=lambda shape, dtype: dtype),
     }
     operations = {"subf": in_float32(np.subtract), "mulf": in_float32(np.multiply)}
     operations |= {"andi": np.bitwise_and, "shli": np.left_shift}
     utils = SimpleNamespace(prmt=prmt, bitcast=lambda array, dtype: array.view(dtype))
+    monkeypatch.setattr(quantised_tiles, "word_type", lambda: np.dtype("<u4"))
     monkeypatch.setattr(quantised_tiles, "ir", SimpleNamespace(**types))
     monkeypatch.setattr(quantised_tiles, "arith", SimpleNamespace(**operations))
     monkeypatch.setattr(quantised_tiles, "mgpu", SimpleNamespace(c=constant, utils=utils))
