@@ -89,7 +89,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
         grid_names=("block",),
         num_threads=WRITER + 1,
         thread_name="warpgroup",
-        scratch_types=[*ring_types, *exchange(R, dtype)],
+        scratch_types=[*ring_types, exchange(R, dtype)],
         compiler_params=PARAMS,
         interpret=interpret,
     )(x_TRD, matrices, ids_T, upto, weights_TR)
