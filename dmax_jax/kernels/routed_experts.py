@@ -9,34 +9,57 @@ from dmax_jax.kernels.active_experts import list_active
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices, suits_kernels
 from dmax_jax.kernels.grouped_experts import grouped_experts
-from dmax_jax.kernels.hopper import differentiated_as, is_hopper
+from dmax_jax.kernels.hopper import differentiated_as, filled_up, is_hopper
 from dmax_jax.kernels.layers import swiglu
 from dmax_jax.kernels.quantised_weight import QuantisedWeight, Weight, factors, project, project_groups
-from dmax_jax.kernels.streamed_experts import can_stream, streamed_experts
+from dmax_jax.kernels.row_digits import Digits
+from dmax_jax.kernels.streamed_experts import can_stream, multiplies_digits, streamed_experts
 
 # Up to this many experts it is cheapest, on a CPU and on a GPU, to let every expert see every row.
 DENSE_EXPERTS = 8
 
 
 def routed_experts(
-    x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Matrices, *, experts_per_row: int
+    x_MD: jax.Array,
+    choice: Choice,
+    experts: Matrices,
+    shared: Matrices,
+    digits: Digits | None = None,
+    *,
+    experts_per_row: int,
 ) -> jax.Array:
     """Sums, for every row, the SwiGLU outputs of its experts times its weights in them, and that of the shared expert.
 
     `experts` are gate and up [E, F, D] and down [E, D, F], `shared` the same without E and with a width of its own. A
-    row has a weight in at most `experts_per_row`. Products are in the dtype of `x_MD`. Returns [M, D].
+    row has a weight in at most `experts_per_row`. Products are in the dtype of `x_MD`. `digits` are those of the rows
+    where `takes_digits`, or are made. Returns parts that are still to be added, [P, M, D] (see `add_and_norm`).
     """
     if experts[0].shape[0] <= DENSE_EXPERTS:
-        return dense_experts(x_MD, choice, experts, shared)
+        return dense_experts(x_MD, choice, experts, shared)[None]
     plain = functools.partial(ragged_experts, experts_per_row=experts_per_row)
     if is_hopper() and can_stream(x_MD, experts, shared):
-        return differentiated_as(plain)(streamed_experts)(x_MD, choice, experts, shared)
+        if digits is not None:
+            return streamed_experts(x_MD, choice, experts, shared, digits)
+        return differentiated_as(functools.partial(in_parts, plain))(streamed_experts)(x_MD, choice, experts, shared)
     if is_hopper() and suits_kernels(x_MD, experts):
         grouped = functools.partial(grouped_experts, experts_per_row=experts_per_row)
-        return differentiated_as(plain)(grouped)(x_MD, choice, experts, shared)
+        return differentiated_as(plain)(grouped)(x_MD, choice, experts, shared)[None]
     if isinstance(experts[0], QuantisedWeight) and len(x_MD) <= MAX_ROWS:
-        return looped_experts(x_MD, choice, experts, shared)
-    return plain(x_MD, choice, experts, shared)
+        return looped_experts(x_MD, choice, experts, shared)[None]
+    return plain(x_MD, choice, experts, shared)[None]
+
+
+def in_parts(plain, *inputs) -> jax.Array:
+    """A plain result in as many parts as `streamed_experts` has: the first, and nothing."""
+    parts = jax.eval_shape(streamed_experts, *inputs)
+    return jnp.zeros(parts.shape, parts.dtype).at[0].set(plain(*inputs).astype(parts.dtype))
+
+
+def takes_digits(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
+    """Whether `routed_experts` has a use for the digits of these rows, or of others of their shape."""
+    rows, few = len(x_MD), experts[0].shape[0] <= DENSE_EXPERTS
+    can = is_hopper() and not few and can_stream(x_MD, experts, shared)
+    return can and filled_up(rows) == rows and multiplies_digits(rows, experts)
 
 
 def dense_experts(x_MD: jax.Array, choice: Choice, experts: Matrices, shared: Matrices) -> jax.Array:

@@ -55,21 +55,31 @@ def streamed_experts(
     choice: Choice,
     experts: Matrices,
     shared: Matrices,
+    digits: Digits | None = None,
     *,
     blocks: int | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
     M, E = choice.weights_ME.shape
-    x_MD = jnp.pad(x_MD, ((0, filled_up(M) - M), (0, 0)))
+    rows = jnp.pad(x_MD, ((0, filled_up(M) - M), (0, 0))) if digits is None else digits
+    if digits is None and multiplies_digits(len(rows), experts):
+        rows = in_digits(rows)
     weights_ML = jnp.pad(choice.weights_ME, ((0, 0), (0, -E % (WARPGROUPS * THREADS))))  # nothing to do for 256
-    inputs = x_MD, tuple(experts), tuple(shared), weights_ML, choice.columns_EM, choice.zeros_E
-    parts_PMD = expert_sums(*inputs, blocks=blocks or multiprocessors(), interpret=interpret)
-    return jnp.sum(parts_PMD, axis=0)[:M].astype(x_MD.dtype)
+    inputs = rows, tuple(experts), tuple(shared), weights_ML, choice.columns_EM, choice.zeros_E
+    blocks, dtype = blocks or multiprocessors(), x_MD.dtype
+    return expert_sums(*inputs, blocks=blocks, dtype=dtype, interpret=interpret)[:, :M]
 
 
-@kernel("blocks")
-def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, interpret=False) -> jax.Array:
+def multiplies_digits(rows: int, experts: Matrices) -> bool:
+    """Whether gate and up multiply the rows' digits."""
+    return experts[0].dtype == jnp.int8 and rows <= MOST_ROWS
+
+
+@kernel("blocks", "dtype")
+def expert_sums(
+    rows, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, dtype: jnp.dtype, interpret=False
+) -> jax.Array:
     """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 
     The parts are float32; M is 16, 32, 64 or 128, of which the rows' weights may have fewer. `weights_ML` is filled up
@@ -80,16 +90,15 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
     another process's, under MPS), no vmap. As every block makes its tiles before it waits for another's, all of them
     are made.
 
-    Gate and up in int8 multiply the digits of at most 64 rows, so that none of their weights is converted. Down's are,
-    as no block has seen the largest magnitude of the hidden features that it would take digits of.
+    `rows` are [M, D] in `dtype`, that of the hidden features, or Digits, which gate and up in int8 multiply, so that
+    none of their weights is converted. Down's are, as no block has seen the largest magnitude of the hidden features
+    that it would take digits of.
     """
-    (M, D), (E, F, _) = x_MD.shape, experts[0].shape
-    dtype, weight_dtype = x_MD.dtype, experts[0].dtype
+    M, (E, F, D), weight_dtype = columns_EM.shape[1], experts[0].shape, experts[0].dtype
     depth = math.gcd(stage_depth(M, D), F)
     other_types = [*exchange(M, dtype), *SharedList.scratch(WARPGROUPS, weights_ML.shape[1])]
     other_bytes = exchange_bytes(M, dtype) + SharedList.scratch_bytes(weights_ML.shape[1])
-    digits = in_digits(x_MD) if weight_dtype == jnp.int8 and M <= MOST_ROWS else None
-    stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes, digits is not None)
+    stages, ring_types = ring(M, depth, dtype, weight_dtype, other_bytes, isinstance(rows, Digits))
     tiles, features = F // ROWS, D // WIDTH
     hidden_steps, out_steps = D // depth, F // depth
     parts = blocks // features
@@ -226,7 +235,7 @@ def expert_sums(x_MD, experts, shared, weights_ML, columns_EM, zeros_E, *, block
         scratch_types=[*ring_types, *other_types],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_MD if digits is None else digits, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
+    )(rows, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
 
 
 class Deal:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.projection import project_rows
 from dmax_jax.kernels.quantised_weight import Weight
+from dmax_jax.kernels.residual_norm import joined_parts
 from dmax_jax.model.params import Attention, Params, param_shardings
 from dmax_jax.model.quantisation import quantised_shardings, weights_kind
 from dmax_jax.sharding import DECODE
@@ -57,6 +58,11 @@ def is_first_share() -> bool | jax.Array:
 def sum_over_shares(part: jax.Array) -> jax.Array:
     """The sum of every device's part."""
     return part if shares() == 1 else lax.psum(part, AXIS)
+
+
+def parts_over_shares(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Parts [P, ...] of a sum as they are, or, where several devices have some, one part: the sum of all."""
+    return parts if shares() == 1 else sum_over_shares(joined_parts(parts, dtype))[None]
 
 
 def project_over_shares(x: jax.Array, weight: Weight, residual: jax.Array) -> jax.Array:

@@ -8,14 +8,15 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
-from dmax_jax.kernels.layers import rms_norm, rotary_angles, swiglu
+from dmax_jax.kernels.layers import rotary_angles, swiglu
 from dmax_jax.kernels.quantised_weight import project_to_float32
+from dmax_jax.kernels.residual_norm import add_and_norm
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import Visible
-from dmax_jax.model.moe import moe
+from dmax_jax.model.moe import moe, wants_digits
 from dmax_jax.model.params import Layer, Moe, Params
-from dmax_jax.model.shares import sum_over_shares
+from dmax_jax.model.shares import parts_over_shares
 
 
 @struct.dataclass
@@ -44,28 +45,32 @@ def transformer(
     """
     x_BTD = x_BTD.astype(params.embed.dtype)
     angles = rotary_angles(positions_BT, config.rotary_dim, config.rope_theta)
-    kv, loads = [], []
+    kv, loads, parts = [], [], None  # parts of what the last layer adds
     with exact_products(x_BTD.dtype):
         for index, layer in enumerate(params.layers):
             with jax.named_scope(f"layer_{index}"):
                 cached = None if cache is None else cache[index]
-                x_BTD, new, load = _layer(x_BTD, layer, angles, visible, cached, config)
+                x_BTD, parts, new, load = _layer(x_BTD, parts, layer, angles, visible, cached, config)
             kv.append(new)
             loads += [] if load is None else [load]
-    return Output(rms_norm(x_BTD, params.norm, config.rms_norm_eps), tuple(kv), tuple(loads))
+    _, hidden_BTD, _ = add_and_norm(x_BTD, parts, params.norm, config.rms_norm_eps)
+    return Output(hidden_BTD, tuple(kv), tuple(loads))
 
 
-def _layer(x_BTD, layer: Layer, angles, visible, cached, config: ModelConfig):
+def _layer(x_BTD, parts_PBTD, layer: Layer, angles, visible, cached, config: ModelConfig):
+    """Returns the residual stream, parts that the next norm adds to it, new keys and values, and the experts' loads."""
     with jax.named_scope("attention"):
-        normal_BTD = rms_norm(x_BTD, layer.attention_norm, config.rms_norm_eps)
+        x_BTD, normal_BTD, _ = add_and_norm(x_BTD, parts_PBTD, layer.attention_norm, config.rms_norm_eps)
         x_BTD, new = attention(x_BTD, normal_BTD, layer.attention, angles, visible, cached, config)
     with jax.named_scope("mlp"):
-        normal_BTD = rms_norm(x_BTD, layer.mlp_norm, config.rms_norm_eps)
-        if not isinstance(layer.mlp, Moe):
-            out_BTD = swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)
-            return x_BTD + sum_over_shares(out_BTD), new, None
-        out_BTD, load_E = moe(normal_BTD, layer.mlp, config)
-        return x_BTD + sum_over_shares(out_BTD), new, load_E
+        is_sparse = isinstance(layer.mlp, Moe)
+        digits = is_sparse and wants_digits(x_BTD, layer.mlp)
+        _, normal_BTD, digits = add_and_norm(x_BTD, None, layer.mlp_norm, config.rms_norm_eps, digits=digits)
+        if is_sparse:
+            parts_PBTD, load_E = moe(normal_BTD, digits, layer.mlp, config)
+        else:
+            parts_PBTD, load_E = swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None], None
+        return x_BTD, parts_over_shares(parts_PBTD, x_BTD.dtype), new, load_E
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

@@ -1,0 +1,98 @@
+"""The residual stream between two parts of a layer: what the one left is added, and the sum normalised for the other.
+
+XLA makes two programs of that, and two more of the digits; the kernel for few rows reads a row once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dmax_jax.kernels.hopper import differentiated_as, is_hopper, kernel
+from dmax_jax.kernels.layers import rms_norm
+from dmax_jax.kernels.row_digits import BASE, LARGEST, Digits, in_digits
+
+MAX_ROWS = 128
+AT_ONCE = 4  # neighbouring entries that a thread loads
+WIDTH = 128 * AT_ONCE  # entries that a warpgroup loads
+
+
+def add_and_norm(
+    x: jax.Array, parts: jax.Array | None, weight: jax.Array, eps: float, *, digits: bool = False
+) -> tuple[jax.Array, jax.Array, Digits | None]:
+    """The sum of `x` [..., D] and `parts` [P, ..., D] (default: none), and its RMS norm with the weights [D].
+
+    The parts are summed in float32 and rounded to the dtype of `x` before they are added. With `digits`, the third
+    result are those of the norm's rows (kernels/row_digits.py), else it is None.
+    """
+    rows = x.size // x.shape[-1]
+    plain, fused = (functools.partial(function, eps=eps) for function in (plain_add_and_norm, fused_add_and_norm))
+    if not (is_hopper() and suits(x.dtype, rows, x.shape[-1]) and (digits or parts is not None)):
+        return plain(x, parts, weight, digits=digits)
+    x_MD = x.reshape(rows, -1)
+    parts_PMD = None if parts is None else parts.reshape(-1, *x_MD.shape)
+    if digits:
+        total_MD, normal_MD, found = fused(x_MD, parts_PMD, weight, digits=True)
+    else:
+        total_MD, normal_MD, found = differentiated_as(plain)(fused)(x_MD, parts_PMD, weight)
+    return total_MD.reshape(x.shape), normal_MD.reshape(x.shape), found
+
+
+def plain_add_and_norm(x: jax.Array, parts: jax.Array | None, weight: jax.Array, *, eps: float, digits: bool = False):
+    """`add_and_norm` by XLA."""
+    total = x if parts is None else x + joined_parts(parts, x.dtype)
+    normal = rms_norm(total, weight, eps)
+    return total, normal, in_digits(normal.reshape(-1, normal.shape[-1])) if digits else None
+
+
+def joined_parts(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The sum of parts [P, ...], rounded to a dtype."""
+    return parts[0].astype(dtype) if len(parts) == 1 else jnp.sum(parts, axis=0, dtype=jnp.float32).astype(dtype)
+
+
+def suits(dtype: jnp.dtype, rows: int, width: int) -> bool:
+    """Whether the kernel takes this dtype and these sizes."""
+    return dtype == jnp.bfloat16 and rows <= MAX_ROWS and width % WIDTH == 0
+
+
+@kernel("eps", "digits")
+def fused_add_and_norm(x_MD, parts_PMD, weight_D, *, eps: float, digits: bool = False, interpret=False):
+    """`add_and_norm` of few rows [M, D] on a Hopper GPU: a block of threads has a row."""
+    (M, D), dtype = x_MD.shape, x_MD.dtype
+    layout = plgpu.Layout.WG_STRIDED((D,), AT_ONCE)
+
+    def load(ref):
+        return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+    def rounded(value):
+        return value.astype(dtype).astype(jnp.float32)
+
+    def body(x, parts, weight, normal, total, digits):
+        row = lax.axis_index("row")
+        weight_D, sum_D = load(weight), load(x.at[row])
+        if parts is not None:
+            sum_D = rounded(sum_D + rounded(sum(load(parts.at[part, row]) for part in range(parts.shape[0]))))
+            total[row] = sum_D.astype(dtype)
+        normal_D = rounded(sum_D * lax.rsqrt(jnp.sum(sum_D * sum_D) * (1 / D) + eps))
+        normal_D = rounded(normal_D * weight_D)
+        normal[row] = normal_D.astype(dtype)
+        if digits is not None:
+            largest = jnp.max(jnp.abs(normal_D))
+            number_D = jnp.round(normal_D * (LARGEST / jnp.where(largest > 0, largest, 1.0)))
+            high_D = jnp.round(number_D * (1 / BASE))
+            digits.values[row] = high_D.astype(jnp.int8)
+            digits.values[M + row] = (number_D - BASE * high_D).astype(jnp.int8)
+            digits.largest[row] = largest
+
+    rows_type = jax.ShapeDtypeStruct((M, D), dtype)
+    digits_type = Digits(jax.ShapeDtypeStruct((2 * M, D), jnp.int8), jax.ShapeDtypeStruct((M,), jnp.float32))
+    normal_MD, total_MD, found = plgpu.kernel(
+        body,
+        out_type=(rows_type, None if parts_PMD is None else rows_type, digits_type if digits else None),
+        grid=(M,),
+        grid_names=("row",),
+        interpret=interpret,
+    )(x_MD, parts_PMD, weight_D)
+    return x_MD if total_MD is None else total_MD, normal_MD, found
