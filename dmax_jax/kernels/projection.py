@@ -17,10 +17,13 @@ from dmax_jax.kernels.hopper import (
     kernel,
     multiprocessors,
     shared_tile,
+    signal,
     stages_that_fit,
+    wait_for,
 )
 from dmax_jax.kernels.quantised_tiles import multiply, values_of
 from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, Weight, project
+from dmax_jax.kernels.residual_norm import Parts, add_and_norm, norm_row, plain_add_and_norm
 
 MAX_ROWS = 128
 MAX_PARTS = 8  # blocks of threads in a cluster
@@ -41,6 +44,27 @@ def project_rows(
     x_MD, residual_MF = (None if a is None else a.reshape(rows, a.shape[-1]) for a in (x, residual))
     plain, streamed = (functools.partial(product, dtype=dtype) for product in (plain_product, streamed_product))
     return differentiated_as(plain)(streamed)(x_MD, weight, residual_MF).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def norm_and_project(
+    x: jax.Array, parts: Parts | None, norm_D: jax.Array, weight: Weight, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of `x` [..., D] and parts, and the product of its RMS norm with weight [F, D]: [..., D] and [..., F]."""
+    rows = x.size // x.shape[-1]
+    can_count = parts is not None and parts.zeros is not None
+    if not (is_hopper() and can_count and filled_up(rows) == rows and suits(x.dtype, rows, weight)):
+        total, normal, _ = add_and_norm(x, parts, norm_D, eps)
+        return total, project_rows(normal, weight)
+
+    def plain(x_MD, parts, norm_D, weight):
+        total_MD, normal_MD, _ = plain_add_and_norm(x_MD, parts.values, norm_D, eps=eps)
+        return total_MD, project(normal_MD, weight)
+
+    x_MD = x.reshape(rows, -1)
+    parts = parts.replace(values=parts.values.reshape(-1, *x_MD.shape))
+    streamed = functools.partial(streamed_norm_product, eps=eps)
+    total_MD, out_MF = differentiated_as(plain)(streamed)(x_MD, parts, norm_D, weight)
+    return total_MD.reshape(x.shape), out_MF.reshape(*x.shape[:-1], -1)
 
 
 def plain_product(x: jax.Array, weight: Weight, residual: jax.Array | None, *, dtype: jnp.dtype) -> jax.Array:
@@ -71,7 +95,6 @@ def parts_that_fit(rows: int, features: int, depth: int) -> int:
     return parts
 
 
-@kernel("dtype", "parts")
 def streamed_product(
     x_MD: jax.Array,
     weight: Weight,
@@ -81,17 +104,54 @@ def streamed_product(
     parts: int | None = None,
     interpret=False,
 ) -> jax.Array:
-    """`project_rows` of at most 128 rows on a Hopper GPU: [M, F].
+    """`project_rows` of at most 128 rows on a Hopper GPU: [M, F]."""
+    M = len(x_MD)
+    fill = (0, filled_up(M) - M), (0, 0)
+    residual_MF = None if residual_MF is None else jnp.pad(residual_MF, fill)
+    how = {"dtype": dtype, "parts": parts, "interpret": interpret}
+    return streamed_tiles(jnp.pad(x_MD, fill), weight, residual_MF, None, **how)[0][:M]
+
+
+def streamed_norm_product(
+    x_MD: jax.Array,
+    added: Parts,
+    norm_D: jax.Array,
+    weight: Weight,
+    *,
+    eps: float,
+    parts: int | None = None,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array]:
+    """The sum of `x` and parts, and the product of its RMS norm with a matrix, as `add_and_norm` and `project_rows`.
+
+    The matrix is on its way while some of the blocks of threads add and normalise a row each, which all wait for. So
+    all have to run at once, as in `streamed_experts`.
+    """
+    out_MF, total_MD, _ = streamed_tiles(x_MD, weight, None, (added, norm_D), eps=eps, parts=parts, interpret=interpret)
+    return total_MD, out_MF
+
+
+@kernel("dtype", "parts", "eps")
+def streamed_tiles(
+    x_MD: jax.Array,
+    weight: Weight,
+    residual_MF: jax.Array | None,
+    before: tuple[Parts, jax.Array] | None,
+    *,
+    dtype: jnp.dtype | None = None,
+    parts: int | None = None,
+    eps: float = 0.0,
+    interpret=False,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The product of 16, 32, 64 or 128 rows, and with `before`, the sum of rows and parts, and its norm.
 
     A cluster of `parts` blocks of threads (default: as many as there is room for) has 64 features, each block a part of
     the columns. It stores its sums in the others' shared memory, and each block joins those of its share of the rows.
     """
-    (M, D), (F, _) = x_MD.shape, weight.shape
-    dtype, rows = dtype or x_MD.dtype, filled_up(M)
-    fill = (0, rows - M), (0, 0)
-    x_MD = jnp.pad(x_MD, fill)
-    residual_MF = None if residual_MF is None else jnp.pad(residual_MF, fill)
+    (rows, D), (F, _) = x_MD.shape, weight.shape
+    dtype = dtype or x_MD.dtype
     parts = parts or parts_that_fit(rows, F, D)
+    tiles = F // ROWS
     steps, share = D // parts // DEPTH, rows // parts
     stage_bytes = (ROWS * weight.dtype.itemsize + rows * x_MD.dtype.itemsize) * DEPTH
     received_bytes = ROWS * rows * 4 if parts > 1 else 0
@@ -101,19 +161,35 @@ def streamed_product(
     def load(ref, layout):
         return plgpu.load(ref, layout=layout, optimized=False)
 
-    def body(x, weight, residual, out, x_s, weight_s, full, given_s=None, received_s=None, received=None):
+    def body(
+        x, weight, residual, before, count, out, total, normal,
+        x_s, weight_s, full, given_s=None, received_s=None, received=None,
+    ):  # fmt: skip
         tile, part = lax.axis_index("tile"), lax.axis_index("part")
         features, own_rows = pl.ds(tile * ROWS, ROWS), pl.ds(part * share, share)
+        rows_ref = x if before is None else normal
 
-        def fetch(step):
+        def fetch(step, ref, scratch, of):
             slot, columns = lax.rem(step, stages), pl.ds((part * steps + step) * DEPTH, DEPTH)
-            plgpu.copy_gmem_to_smem(values_of(weight).at[features, columns], weight_s.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(x.at[:, columns], x_s.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(ref.at[of, columns], scratch.at[slot], full.at[slot])
 
-        @pl.loop(0, stages)
-        def _fetch_first(step):
-            fetch(step)
+        def fetch_weights(step):
+            fetch(step, values_of(weight), weight_s, features)
 
+        def fetch_rows(step):
+            fetch(step, rows_ref, x_s, slice(None))
+
+        pl.loop(0, stages)(fetch_weights)
+        if before is not None:
+            added, norm = before
+
+            @pl.loop(tile * parts + part, rows, step=tiles * parts)
+            def _norm(row):
+                norm_row(row, x, added, norm, normal, total, None, eps=eps)
+                signal(count.at[count.shape[0] - 1])
+
+            wait_for(count.at[count.shape[0] - 1], rows)
+        pl.loop(0, stages)(fetch_rows)
         if parts > 1:
             expect(received, received_bytes)
 
@@ -127,7 +203,8 @@ def streamed_product(
                 @pl.when(step + stages < steps)
                 def _next():
                     plgpu.wgmma_wait(0)
-                    fetch(step + stages)
+                    fetch_weights(step + stages)
+                    fetch_rows(step + stages)
 
             return total[...]
 
@@ -148,13 +225,17 @@ def streamed_product(
             leave()
 
     shares = shared_tile((parts, ROWS, share), jnp.float32)
-    out_MF = plgpu.kernel(
+    rows_type = None if before is None else jax.ShapeDtypeStruct((rows, D), x_MD.dtype)
+    added, norm_D = before or (None, None)
+    before, count = (None, None) if before is None else ((added.values, norm_D), jax.new_ref(added.zeros))
+    # The interpreter runs blocks that wait for each other only where they are in one cluster.
+    where = {"grid": (tiles,), "grid_names": ("tile",), "cluster": (parts,), "cluster_names": ("part",)}
+    if interpret and before is not None:
+        where = {"cluster": (tiles, parts), "cluster_names": ("tile", "part")}
+    return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((rows, F), dtype),
-        grid=(F // ROWS,),
-        grid_names=("tile",),
-        cluster=(parts,),
-        cluster_names=("part",),
+        out_type=(jax.ShapeDtypeStruct((rows, F), dtype), rows_type, rows_type),
+        **where,
         scratch_types=[
             shared_tile((stages, rows, DEPTH), x_MD.dtype),
             shared_tile((stages, ROWS, DEPTH), weight.dtype),
@@ -162,5 +243,4 @@ def streamed_product(
             *((shares, shares, counter()) if parts > 1 else ()),
         ],
         interpret=interpret,
-    )(x_MD, weight, residual_MF)
-    return out_MF[:M]
+    )(x_MD, weight, residual_MF, before, count)

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -19,10 +20,18 @@ AT_ONCE = 4  # neighbouring entries that a thread loads
 WIDTH = 128 * AT_ONCE  # entries that a warpgroup loads
 
 
+@struct.dataclass
+class Parts:
+    """What a part of a layer adds to the residual stream, before it is summed."""
+
+    values: jax.Array  # [P, ..., D]
+    zeros: jax.Array | None = None  # int32, of which the last is 0, for a kernel to count in
+
+
 def add_and_norm(
-    x: jax.Array, parts: jax.Array | None, weight: jax.Array, eps: float, *, digits: bool = False
+    x: jax.Array, parts: Parts | None, weight: jax.Array, eps: float, *, digits: bool = False
 ) -> tuple[jax.Array, jax.Array, Digits | None]:
-    """The sum of `x` [..., D] and `parts` [P, ..., D] (default: none), and its RMS norm with the weights [D].
+    """The sum of `x` [..., D] and parts, if there are any, and its RMS norm with the weights [D].
 
     The parts are summed in float32 and rounded to the dtype of `x` before they are added. With `digits`, the third
     result are those of the norm's rows (kernels/row_digits.py), else it is None.
@@ -30,9 +39,9 @@ def add_and_norm(
     rows = x.size // x.shape[-1]
     plain, fused = (functools.partial(function, eps=eps) for function in (plain_add_and_norm, fused_add_and_norm))
     if not (is_hopper() and suits(x.dtype, rows, x.shape[-1]) and (digits or parts is not None)):
-        return plain(x, parts, weight, digits=digits)
+        return plain(x, None if parts is None else parts.values, weight, digits=digits)
     x_MD = x.reshape(rows, -1)
-    parts_PMD = None if parts is None else parts.reshape(-1, *x_MD.shape)
+    parts_PMD = None if parts is None else parts.values.reshape(-1, *x_MD.shape)
     if digits:
         total_MD, normal_MD, found = fused(x_MD, parts_PMD, weight, digits=True)
     else:
@@ -57,10 +66,9 @@ def suits(dtype: jnp.dtype, rows: int, width: int) -> bool:
     return dtype == jnp.bfloat16 and rows <= MAX_ROWS and width % WIDTH == 0
 
 
-@kernel("eps", "digits")
-def fused_add_and_norm(x_MD, parts_PMD, weight_D, *, eps: float, digits: bool = False, interpret=False):
-    """`add_and_norm` of few rows [M, D] on a Hopper GPU: a block of threads has a row."""
-    (M, D), dtype = x_MD.shape, x_MD.dtype
+def norm_row(row, x, parts, weight, normal, total, digits, *, eps: float) -> None:
+    """What a block of threads makes of a row: `normal[row]`, and `total[row]` and digits where there are such."""
+    (M, D), dtype = x.shape, x.dtype
     layout = plgpu.Layout.WG_STRIDED((D,), AT_ONCE)
 
     def load(ref):
@@ -69,22 +77,29 @@ def fused_add_and_norm(x_MD, parts_PMD, weight_D, *, eps: float, digits: bool = 
     def rounded(value):
         return value.astype(dtype).astype(jnp.float32)
 
-    def body(x, parts, weight, normal, total, digits):
-        row = lax.axis_index("row")
-        weight_D, sum_D = load(weight), load(x.at[row])
-        if parts is not None:
-            sum_D = rounded(sum_D + rounded(sum(load(parts.at[part, row]) for part in range(parts.shape[0]))))
-            total[row] = sum_D.astype(dtype)
-        normal_D = rounded(sum_D * lax.rsqrt(jnp.sum(sum_D * sum_D) * (1 / D) + eps))
-        normal_D = rounded(normal_D * weight_D)
-        normal[row] = normal_D.astype(dtype)
-        if digits is not None:
-            largest = jnp.max(jnp.abs(normal_D))
-            number_D = jnp.round(normal_D * (LARGEST / jnp.where(largest > 0, largest, 1.0)))
-            high_D = jnp.round(number_D * (1 / BASE))
-            digits.values[row] = high_D.astype(jnp.int8)
-            digits.values[M + row] = (number_D - BASE * high_D).astype(jnp.int8)
-            digits.largest[row] = largest
+    weight_D, sum_D = load(weight), load(x.at[row])
+    if parts is not None:
+        sum_D = rounded(sum_D + rounded(sum(load(parts.at[part, row]) for part in range(parts.shape[0]))))
+        total[row] = sum_D.astype(dtype)
+    normal_D = rounded(sum_D * lax.rsqrt(jnp.sum(sum_D * sum_D) * (1 / D) + eps))
+    normal_D = rounded(normal_D * weight_D)
+    normal[row] = normal_D.astype(dtype)
+    if digits is not None:
+        largest = jnp.max(jnp.abs(normal_D))
+        number_D = jnp.round(normal_D * (LARGEST / jnp.where(largest > 0, largest, 1.0)))
+        high_D = jnp.round(number_D * (1 / BASE))
+        digits.values[row] = high_D.astype(jnp.int8)
+        digits.values[M + row] = (number_D - BASE * high_D).astype(jnp.int8)
+        digits.largest[row] = largest
+
+
+@kernel("eps", "digits")
+def fused_add_and_norm(x_MD, parts_PMD, weight_D, *, eps: float, digits: bool = False, interpret=False):
+    """`add_and_norm` of few rows [M, D] on a Hopper GPU: a block of threads has a row."""
+    (M, D), dtype = x_MD.shape, x_MD.dtype
+
+    def body(*refs):
+        norm_row(lax.axis_index("row"), *refs, eps=eps)
 
     rows_type = jax.ShapeDtypeStruct((M, D), dtype)
     digits_type = Digits(jax.ShapeDtypeStruct((2 * M, D), jnp.int8), jax.ShapeDtypeStruct((M,), jnp.float32))

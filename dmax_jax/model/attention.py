@@ -7,7 +7,8 @@ from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
 from dmax_jax.kernels.decode_attention import decode_attention
 from dmax_jax.kernels.layers import rms_norm, rotate
-from dmax_jax.kernels.projection import project_rows
+from dmax_jax.kernels.projection import norm_and_project
+from dmax_jax.kernels.residual_norm import Parts
 from dmax_jax.model.cache import LayerKV
 from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
 from dmax_jax.model.params import Attention
@@ -15,22 +16,25 @@ from dmax_jax.model.shares import project_over_shares
 
 
 def attention(
-    residual_BTD: jax.Array,
     x_BTD: jax.Array,
+    parts: Parts | None,
+    norm_D: jax.Array,
     weights: Attention,
     angles: tuple[jax.Array, jax.Array],
     visible: Visible,
     cached: LayerKV | None,
     config: ModelConfig,
 ) -> tuple[jax.Array, LayerKV]:
-    """Attends from T positions; returns the residual plus the output, [B, T, D], and the T new keys and values.
+    """Adds to T positions of the residual stream parts that are left, normalises them, attends from them.
 
+    Returns the stream with the output added, [B, T, D], and the T new keys and values.
     `visible` is a mask [B, T, S] over S = cached + T positions, true where one may be seen, whose batch axis may be 1;
     or CachedBlocks; or a BlockPattern, in which `cached` are the T positions of the stream with the earlier blocks.
     """
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    qkv_BTNH = project_rows(x_BTD, weights.qkv).reshape(B, T, N + 2 * K, H)
+    x_BTD, qkv = norm_and_project(x_BTD, parts, norm_D, weights.qkv, config.rms_norm_eps)
+    qkv_BTNH = qkv.reshape(B, T, N + 2 * K, H)
     if isinstance(visible, CachedBlocks):
         out_BTNH, k_BTKH = decode_attention(
             qkv_BTNH,
@@ -43,7 +47,7 @@ def attention(
             eps=config.rms_norm_eps,
         )
         new = LayerKV(k_BTKH, qkv_BTNH[:, :, N + K :])
-        return project_over_shares(out_BTNH.reshape(B, T, N * H), weights.out, residual_BTD), new
+        return project_over_shares(out_BTNH.reshape(B, T, N * H), weights.out, x_BTD), new
     q_BTNH, k_BTKH, v_BTKH = jnp.split(qkv_BTNH, (N, N + K), axis=2)
     q_BTNH = rotate(rms_norm(q_BTNH, weights.q_norm, config.rms_norm_eps), *angles)
     k_BTKH = rotate(rms_norm(k_BTKH, weights.k_norm, config.rms_norm_eps), *angles)
@@ -55,4 +59,4 @@ def attention(
     else:
         seen = new if cached is None else jax.tree.map(lambda old, own: jnp.concatenate([old, own], 1), cached, new)
         out_BTNH = masked_attention(q_BTNH, seen.k_BSKH, seen.v_BSKH, visible)
-    return project_over_shares(out_BTNH.reshape(B, T, N * H), weights.out, residual_BTD), new
+    return project_over_shares(out_BTNH.reshape(B, T, N * H), weights.out, x_BTD), new

@@ -10,7 +10,7 @@ from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
 from dmax_jax.kernels.layers import rotary_angles, swiglu
 from dmax_jax.kernels.quantised_weight import project_to_float32
-from dmax_jax.kernels.residual_norm import add_and_norm
+from dmax_jax.kernels.residual_norm import Parts, add_and_norm
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import Visible
@@ -57,20 +57,19 @@ def transformer(
     return Output(hidden_BTD, tuple(kv), tuple(loads))
 
 
-def _layer(x_BTD, parts_PBTD, layer: Layer, angles, visible, cached, config: ModelConfig):
+def _layer(x_BTD, parts: Parts | None, layer: Layer, angles, visible, cached, config: ModelConfig):
     """Returns the residual stream, parts that the next norm adds to it, new keys and values, and the experts' loads."""
     with jax.named_scope("attention"):
-        x_BTD, normal_BTD, _ = add_and_norm(x_BTD, parts_PBTD, layer.attention_norm, config.rms_norm_eps)
-        x_BTD, new = attention(x_BTD, normal_BTD, layer.attention, angles, visible, cached, config)
+        x_BTD, new = attention(x_BTD, parts, layer.attention_norm, layer.attention, angles, visible, cached, config)
     with jax.named_scope("mlp"):
         is_sparse = isinstance(layer.mlp, Moe)
         digits = is_sparse and wants_digits(x_BTD, layer.mlp)
         _, normal_BTD, digits = add_and_norm(x_BTD, None, layer.mlp_norm, config.rms_norm_eps, digits=digits)
         if is_sparse:
-            parts_PBTD, load_E = moe(normal_BTD, digits, layer.mlp, config)
+            parts, load_E = moe(normal_BTD, digits, layer.mlp, config)
         else:
-            parts_PBTD, load_E = swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None], None
-        return x_BTD, parts_over_shares(parts_PBTD, x_BTD.dtype), new, load_E
+            parts, load_E = Parts(swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None]), None
+        return x_BTD, parts_over_shares(parts, x_BTD.dtype), new, load_E
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

@@ -8,6 +8,7 @@ import pytest
 from dmax_jax.kernels import routed_experts as module
 from dmax_jax.kernels.expert_choice import choice_of
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
+from dmax_jax.kernels.residual_norm import Parts
 from dmax_jax.kernels.routed_experts import (
     DENSE_EXPERTS,
     dense_experts,
@@ -26,7 +27,7 @@ def by_all(x, choice, experts, shared, *, experts_per_row):
 
 
 def summed(*inputs, experts_per_row):
-    return routed_experts(*inputs, experts_per_row=experts_per_row).sum(axis=0)
+    return routed_experts(*inputs, experts_per_row=experts_per_row).values.sum(axis=0)
 
 
 IMPLEMENTATIONS = [by_all, ragged_experts]
@@ -159,7 +160,7 @@ def test_a_hopper_gpu_runs_the_kernels_and_differentiates_the_plain_function(mon
     def stand_in(x, choice, experts, shared):
         seen.append(x.shape)
         whole = ragged_experts(x, choice, experts, shared, experts_per_row=2)
-        return jnp.stack([3 * whole, -2 * whole])
+        return Parts(jnp.stack([3 * whole, -2 * whole]), jnp.zeros(12, jnp.int32))
 
     monkeypatch.setattr(module, "is_hopper", lambda: True)
     monkeypatch.setattr(module, "can_stream", lambda x, experts, shared: True)
@@ -221,9 +222,9 @@ def test_8_bit_experts_of_bfloat16_rows(implementation, kind):
 def test_what_runs_8_bit_experts(rows, experts, hopper, chosen, kind, monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda: hopper)
     for name in ("dense", "looped", "ragged", "streamed", "grouped"):
-        monkeypatch.setattr(module, f"{name}_experts", lambda *inputs, name=name, **rest: np.array(name))
+        monkeypatch.setattr(module, f"{name}_experts", lambda *inputs, name=name, **rest: {name})
     monkeypatch.setattr(module, "differentiated_as", lambda plain: lambda function: function)
     x, weights, *matrices = draw(7, rows, 128, 128, experts, 2, shared_width=128)
     quantised = [[quantise(jnp.asarray(matrix), kind) for matrix in group] for group in matrices]
     choice = choice_of(jnp.asarray(weights, jnp.float32))
-    assert routed_experts(jnp.asarray(x, jnp.bfloat16), choice, *quantised, experts_per_row=2).ravel() == [chosen]
+    assert routed_experts(jnp.asarray(x, jnp.bfloat16), choice, *quantised, experts_per_row=2) == {chosen}
