@@ -20,6 +20,7 @@ import tqdm
 from absl import flags
 
 from dmax_jax import command
+from dmax_jax.assets import checkpoint_directory
 from dmax_jax.checkpoint.directory import require_free
 from dmax_jax.checkpoint.hf_config import read_config
 from dmax_jax.checkpoint.huggingface import NO_8_BITS, load_params, save_params
@@ -31,7 +32,9 @@ from dmax_jax.model.params import Params, count_params
 from dmax_jax.model.quantisation import in_kind
 
 FLAGS = flags.FlagValues()
-INPUT = flags.DEFINE_string("input", None, "Directory of the model, layout detected.", FLAGS, required=True)
+INPUT = flags.DEFINE_string(
+    "input", None, "Directory of the model, layout detected; demo, demo_base.", FLAGS, required=True
+)
 OUTPUT = flags.DEFINE_string("output", None, "Directory to write; must be new or empty.", FLAGS, required=True)
 TO = flags.DEFINE_enum("to", None, ["orbax", "hf"], "Layout to write; default: the one that the input isn't.", FLAGS)
 DTYPE = flags.DEFINE_enum(
@@ -53,7 +56,7 @@ EOS_ID = flags.DEFINE_integer("eos_id", None, "End token, if config.json has non
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     start = time.perf_counter()
-    source, output = pathlib.Path(INPUT.value), pathlib.Path(OUTPUT.value)
+    source, output = pathlib.Path(checkpoint_directory(INPUT.value)), pathlib.Path(OUTPUT.value)
     layout = detect_layout(source)
     target = TO.value or ("orbax" if layout == "hf" else "hf")
     config = read_config(source, mask_token_id=MASK_ID.value, eos_token_id=EOS_ID.value)

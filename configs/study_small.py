@@ -224,7 +224,7 @@ def get_study() -> Study:
             "oput_certain_long_spd",
             "oput_task_spd",
             "dparallel_threshold",
-            "base_hierarchical",
+            "oput_hard",
             "uniform_spd",
             "base_spd",
         ),

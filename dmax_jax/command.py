@@ -1,6 +1,8 @@
 """What every command shares: parsing flags, `--help`, and one line with exit code 2 for what the user can remedy."""
 
 import inspect
+import multiprocessing
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,7 +27,8 @@ def run(
     Raises SystemExit(2) after one line on stderr for bad flags, InputError and OSError, SystemExit(130) after Ctrl-C.
     Flags live in a FlagValues of their own per command, so that several commands can be imported into one process.
     """
-    argv = list(sys.argv if argv is None else argv)
+    own_process = argv is None
+    argv = list(sys.argv if own_process else argv)
     if {"--help", "-h", "--helpfull"} & set(argv[1:]):
         _, described = flag_values.get_help(include_special_flags=False).lstrip().split("\n", 1)  # the module's line
         print(f"{inspect.cleandoc(doc)}\n\nFlags:\n{described}")
@@ -46,5 +49,15 @@ def run(
         print(f"error: {missing[1] + ' is required (see --help)' if missing else line}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted", file=sys.stderr, flush=True)
+        if own_process:
+            leave_at_once(130)
         raise SystemExit(130) from None
+
+
+def leave_at_once(code: int) -> None:
+    """Ends the process; at its usual end JAX waits for what devices still compute, which may take minutes."""
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.stdout.flush()
+    os._exit(code)

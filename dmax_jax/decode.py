@@ -36,7 +36,7 @@ from dmax_jax.assets import checkpoint_directory
 from dmax_jax.checkpoint.layout import detect_layout
 from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.data.tokenizer import Messages, Tokenizer
-from dmax_jax.decoding.batch import Answer, DecodeSettings, decode_prompts
+from dmax_jax.decoding.batch import Answer, DecodeSettings, by_batch, decode_prompts
 from dmax_jax.decoding.policies import Policy
 from dmax_jax.decoding_flags import DecodingFlags, LoadedModel
 from dmax_jax.errors import InputError
@@ -115,7 +115,9 @@ def answer_prompts(
     stream = Stream(len(ids[0]), model, settings) if STREAM.value else None
     decoded = decode_prompts(model.params, model.config, ids, policy, settings, on_block=stream)
     answers = []
-    for answer in tqdm(decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size):
+    for answer in tqdm(
+        decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size, **by_batch(settings.batch_size)
+    ):
         text = shown(answer, model.tokenizer, name)
         # tqdm's does not tear the progress bar as print does.
         tqdm.write(text if stream is None else stream.rest_of(text))
@@ -258,7 +260,7 @@ def answer_text(ids: list[int], tokenizer: Tokenizer | None) -> str:
 
 
 def figures(tokens: int, forwards: int, tpf: float, tps: float) -> str:
-    return f"{tokens} tokens, {forwards} forwards, {tpf:.2f} tokens/forward (TPF), {tps:.1f} tokens/s (TPS)"
+    return f"{tokens} tokens, {forwards} forwards + prefill, {tpf:.2f} tokens/forward (TPF), {tps:.1f} tokens/s (TPS)"
 
 
 def to_record(answer: Answer, run: DecodingFlags, tokenizer: Tokenizer | None) -> dict:

@@ -142,7 +142,9 @@ def test_a_file_of_prompts_and_the_figures(tmp_path, capsys):
     lines = screen.out.splitlines()
     assert len(lines) == 2 * 3 + 1
     assert [int(token) for token in lines[0].split(",")] == records[0]["token_ids"]
-    assert lines[1].startswith(f"30 tokens, {alike[0]['forwards']} forwards, {30 / (alike[0]['forwards'] + 1):.2f} ")
+    assert lines[1].startswith(
+        f"30 tokens, {alike[0]['forwards']} forwards + prefill, {30 / (alike[0]['forwards'] + 1):.2f} "
+    )
     tokens = sum(record["generated_tokens"] for record in records)
     seconds = records[0]["seconds"] + records[2]["seconds"]  # of the first batch and the second
     assert re.fullmatch(rf"together: {tokens} tokens, .*, {tokens / seconds:.1f} tokens/s \(TPS\)", lines[-1])
@@ -210,10 +212,10 @@ def test_what_is_compared_is_named_and_plays_side_by_side(tmp_path, capsys, monk
     assert [record["method"] for record in records] == ["threshold"] * 2
     assert records[0]["forwards"] < records[1]["forwards"]
     assert all("trace" not in record for record in records)  # it is the page's alone
-    figures = [line for line in capsys.readouterr().out.splitlines() if " forwards, " in line]
+    figures = [line for line in capsys.readouterr().out.splitlines() if " forwards + prefill, " in line]
     for line, record in zip(figures, records, strict=True):
         name = f"threshold {record['threshold']:g} ({record['checkpoint']}): "
-        assert line.startswith(f"{name}{record['generated_tokens']} tokens, {record['forwards']} forwards, ")
+        assert line.startswith(f"{name}{record['generated_tokens']} tokens, {record['forwards']} forwards + prefill, ")
     assert [path.name for path in html.parent.iterdir()] == ["out.html"]
     data = re.search(r'<script type="application/json".*?>(.*?)</script>', html.read_text(), re.DOTALL)[1]
     (shown,) = json.loads(data)

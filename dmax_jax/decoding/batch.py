@@ -37,6 +37,11 @@ class DecodeSettings:
             raise InputError(f"seed={self.seed} must not be negative")
 
 
+def by_batch(batch_size: int) -> dict[str, float]:
+    """Settings of a `tqdm` over answers, which come a batch at a time: it is drawn after each."""
+    return {"miniters": batch_size, "mininterval": 0, "smoothing": 0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """A block after one forward."""

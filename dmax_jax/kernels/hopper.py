@@ -4,6 +4,7 @@ They are written in Pallas for Mosaic GPU, whose interface of jax 0.11 is used; 
 """
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,14 @@ def is_hopper() -> bool:
 @functools.cache
 def has_hopper() -> bool:
     """Whether this process sees devices that these kernels run on, under a JAX that they are written for."""
-    if jax.__version_info__ < (0, 11):
-        return False
     device = jax.devices()[0]
-    return device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+    is_one = device.platform == "gpu" and getattr(device, "compute_capability", None) == "9.0"
+    if is_one and jax.__version_info__ < (0, 11):
+        warnings.warn(
+            f"jax {jax.__version__} can't run the kernels for Hopper GPUs, 0.11 can (Python 3.12)", stacklevel=2
+        )
+        return False
+    return is_one
 
 
 def kernel(*settings: str):

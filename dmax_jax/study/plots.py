@@ -20,10 +20,10 @@ def require_matplotlib() -> None:
 
 
 def plot_curves(study: Study, summaries: dict[str, RowSummary], path: pathlib.Path) -> None:
-    """Accuracy against tokens per forward, a curve per row, bars for the 95 % intervals."""
+    """Accuracy against tokens per forward, a curve per row from high thresholds to low, bars for the 95 % intervals."""
     figure, axes = _figure()
     for row in [summaries[name] for name in study.curves if name in summaries]:
-        points = sorted(row.points, key=lambda point: point.tpf_macro)
+        points = sorted(row.points, key=lambda point: -point.threshold)
         x, y = [p.tpf_macro for p in points], [p.accuracy for p in points]
         spread_y = _spread(y, [p.accuracy_interval for p in points])
         spread_x = _spread(x, [p.tpf_interval for p in points])
