@@ -190,6 +190,8 @@ def streamed_tiles(
 
             wait_for(count.at[count.shape[0] - 1], rows)
         pl.loop(0, stages)(fetch_rows)
+        if residual is not None:  # loaded while the first stages are on their way
+            residual_FM = load(residual.at[own_rows, features].transpose((1, 0)), turned)
         if parts > 1:
             expect(received, received_bytes)
 
@@ -219,7 +221,7 @@ def streamed_tiles(
             total_FM *= lax.broadcast_in_dim(load(weight.scale.at[features], wgmma.reduce(1)), total_FM.shape, [0])
         total_FM = plgpu.layout_cast(total_FM.astype(dtype), turned)
         if residual is not None:
-            total_FM += load(residual.at[own_rows, features].transpose((1, 0)), turned)
+            total_FM += residual_FM
         out.at[own_rows, features].transpose((1, 0))[...] = total_FM
         if parts > 1:
             leave()

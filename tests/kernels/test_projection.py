@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels import projection
-from dmax_jax.kernels.projection import parts_that_fit, plain_product, project_rows, streamed_product, suits
+from dmax_jax.kernels.projection import (
+    norm_and_project,
+    parts_that_fit,
+    plain_product,
+    project_rows,
+    streamed_norm_product,
+    streamed_product,
+    suits,
+)
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, project, quantise
+from dmax_jax.kernels.residual_norm import Parts, add_and_norm, plain_add_and_norm
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
 
@@ -43,10 +52,47 @@ def test_the_kernel_equals_the_plain_function(rows, features, parts, kind):
 def test_more_steps_than_stages(monkeypatch):
     monkeypatch.setattr(projection, "stages_that_fit", lambda *_, **__: 3)
     x, weight, residual = draw(8, 64, 128 * 14)
-    streamed_product.clear_cache()
+    projection.streamed_tiles.clear_cache()
     found = interpreted(functools.partial(streamed_product, parts=2), x, weight, residual)
-    streamed_product.clear_cache()
+    projection.streamed_tiles.clear_cache()
     assert_close(found, x, weight.astype(jnp.float32), residual.astype(jnp.float32))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(("rows", "features", "parts", "kind"), [(16, 128, 2, None), (32, 64, 1, "int8")])
+def test_rows_are_summed_and_normalised_before_they_are_multiplied(rows, features, parts, kind):
+    rng = np.random.default_rng(rows)
+    x, weight, _ = draw(rows, features, 512)
+    weight = quantise(weight, kind) if kind else weight
+    added = Parts(jnp.asarray(rng.normal(size=(3, rows, 512)), jnp.float32), jnp.zeros(4, jnp.int32))
+    norm = jnp.asarray(1 + rng.normal(size=512) / 4, jnp.bfloat16)
+    total, found = interpreted(streamed_norm_product, x, added, norm, weight, eps=1e-6, parts=parts)
+    exact_total, normal, _ = add_and_norm(x, added, norm, 1e-6)
+    np.testing.assert_array_equal(total, exact_total)
+    wide = dequantise(weight) if kind else weight.astype(jnp.float32)
+    assert_close(found, normal, wide, jnp.zeros((rows, features)))
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_which_rows_are_normalised_in_the_kernel(monkeypatch, counted):
+    seen = []
+
+    def stand_in(x, parts, norm, weight, eps):
+        seen.append(x.shape)
+        total, normal, _ = plain_add_and_norm(x, parts.values, norm, eps=eps)
+        return total, project(normal, weight)
+
+    monkeypatch.setattr(projection, "is_hopper", lambda: True)
+    monkeypatch.setattr(projection, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(projection, "streamed_norm_product", stand_in)
+    monkeypatch.setattr(projection, "streamed_product", plain_product)
+    x, weight, parts = draw(32, 64, 512)
+    x, parts = x.reshape(2, 16, 512), Parts(x.reshape(1, 2, 16, 512), jnp.zeros(4, jnp.int32) if counted else None)
+    total, out = norm_and_project(x, parts, jnp.ones(512, jnp.bfloat16), weight, 1e-6)
+    assert seen == ([(32, 512)] if counted else [])
+    expected, normal, _ = plain_add_and_norm(x, parts.values, jnp.ones(512, jnp.bfloat16), eps=1e-6)
+    np.testing.assert_array_equal(total, expected)
+    np.testing.assert_array_equal(out, project(normal, weight))
 
 
 def test_how_many_blocks_share_the_columns(monkeypatch):

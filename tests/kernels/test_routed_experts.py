@@ -222,9 +222,9 @@ def test_8_bit_experts_of_bfloat16_rows(implementation, kind):
 def test_what_runs_8_bit_experts(rows, experts, hopper, chosen, kind, monkeypatch):
     monkeypatch.setattr(module, "is_hopper", lambda: hopper)
     for name in ("dense", "looped", "ragged", "streamed", "grouped"):
-        monkeypatch.setattr(module, f"{name}_experts", lambda *inputs, name=name, **rest: {name})
+        monkeypatch.setattr(module, f"{name}_experts", lambda *inputs, name=name, **rest: np.array(name))
     monkeypatch.setattr(module, "differentiated_as", lambda plain: lambda function: function)
     x, weights, *matrices = draw(7, rows, 128, 128, experts, 2, shared_width=128)
     quantised = [[quantise(jnp.asarray(matrix), kind) for matrix in group] for group in matrices]
     choice = choice_of(jnp.asarray(weights, jnp.float32))
-    assert routed_experts(jnp.asarray(x, jnp.bfloat16), choice, *quantised, experts_per_row=2) == {chosen}
+    assert chosen in str(routed_experts(jnp.asarray(x, jnp.bfloat16), choice, *quantised, experts_per_row=2))
