@@ -32,7 +32,7 @@ from dmax_jax.errors import InputError
 from dmax_jax.kernels.hopper import has_hopper
 from dmax_jax.kernels.quantised_weight import KINDS
 from dmax_jax.measuring.bandwidth import read_bandwidth
-from dmax_jax.measuring.decoding import DecodeProblem, compile_decoding, required_bytes, time_decoding
+from dmax_jax.measuring.decoding import DecodeProblem, required_bytes, time_decoding
 from dmax_jax.measuring.plots import plot_batches
 from dmax_jax.measuring.weights import random_params, route_uniformly
 from dmax_jax.model.params import Params, count_params
@@ -118,7 +118,8 @@ def main() -> None:
         if ROUTING.value == "uniform":
             rows = problem.batch_size * max(problem.context, 2 * problem.block_length)
             routed = route_uniformly(params, rows, jax.random.key(SEED.value + 1))
-        records.append(measure(routed, params, config, problem, mesh, loaded))
+        trace_directory = PROFILE.value if problem is problems[-1] else None
+        records.append(measure(routed, params, config, problem, mesh, loaded, trace_directory))
         if output:  # after each, so that what is measured is not lost
             write_json(output, records[0] if len(problems) == 1 else records, indent=1)
         if len(problems) == 1:
@@ -127,10 +128,6 @@ def main() -> None:
             print(f"{'' if len(records) > 1 else HEADING}{line(records[-1])}", flush=True)
     if PLOT.value is not None:
         plot_batches(records, plot)
-    if PROFILE.value:
-        run = compile_decoding(routed, config, problem)
-        with jax.profiler.trace(PROFILE.value):
-            jax.block_until_ready(run(1 + problem.blocks))
 
 
 def requested_problems() -> list[DecodeProblem]:
@@ -145,10 +142,16 @@ def requested_problems() -> list[DecodeProblem]:
 
 
 def measure(
-    routed: Params, params: Params, config: ModelConfig, problem: DecodeProblem, mesh: Mesh, loaded: dict[str, Any]
+    routed: Params,
+    params: Params,
+    config: ModelConfig,
+    problem: DecodeProblem,
+    mesh: Mesh,
+    loaded: dict[str, Any],
+    trace_directory: str | None,
 ) -> dict[str, Any]:
     """What --output holds of one problem; `routed` are the weights with the routing that is asked for."""
-    times = time_decoding(routed, config, problem)
+    times = time_decoding(routed, config, problem, trace_directory=trace_directory)
     needed = required_bytes(params, config, problem, times.active_experts)
     limit_ms = 1e3 * needed.total / loaded["bandwidth"]
     return {

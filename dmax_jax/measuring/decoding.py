@@ -77,12 +77,14 @@ class RequiredBytes:
         return self.experts + self.other_weights + self.head + self.cache
 
 
-def time_decoding(params: Params, config: ModelConfig, problem: DecodeProblem) -> DecodeTimes:
+def time_decoding(
+    params: Params, config: ModelConfig, problem: DecodeProblem, *, trace_directory: str | None = None
+) -> DecodeTimes:
     """Times `generate` on random prompts.
 
     One program decodes one block and then, called again, all of them: the difference of the times over that of the
     forwards is the time of a forward (one in `steps_per_block` also carries the block before it), and what is left of
-    the shorter call is the prefill.
+    the shorter call is the prefill. With a `trace_directory`, one more call of all blocks leaves a trace there.
     """
     start = time.perf_counter()
     run = compile_decoding(params, config, problem)
@@ -97,6 +99,9 @@ def time_decoding(params: Params, config: ModelConfig, problem: DecodeProblem) -
             tokens[blocks].append(np.asarray(generation.tokens_BT))
             del generation
         in_use.append(memory_of(params).get("bytes_in_use"))
+    if trace_directory:
+        with jax.profiler.trace(trace_directory):
+            jax.block_until_ready(run(many))
     short, long = (times[1:] for times in seconds.values())
     per_forward = [(all_blocks - one) / problem.forwards for one, all_blocks in zip(short, long, strict=True)]
     ms_per_forward = 1e3 * statistics.median(per_forward)
