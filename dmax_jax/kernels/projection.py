@@ -24,6 +24,7 @@ from dmax_jax.kernels.hopper import (
 from dmax_jax.kernels.quantised_tiles import multiply, values_of
 from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, Weight, project
 from dmax_jax.kernels.residual_norm import Parts, add_and_norm, norm_row, plain_add_and_norm
+from dmax_jax.kernels.residual_norm import suits as can_norm
 
 MAX_ROWS = 128
 MAX_PARTS = 8  # blocks of threads in a cluster
@@ -51,8 +52,14 @@ def norm_and_project(
 ) -> tuple[jax.Array, jax.Array]:
     """The sum of `x` [..., D] and parts, and the product of its RMS norm with weight [F, D]: [..., D] and [..., F]."""
     rows = x.size // x.shape[-1]
-    can_count = parts is not None and parts.zeros is not None
-    if not (is_hopper() and can_count and filled_up(rows) == rows and suits(x.dtype, rows, weight)):
+    can_count = parts is not None and parts.counters is not None
+    if not (
+        is_hopper()
+        and can_count
+        and filled_up(rows) == rows
+        and suits(x.dtype, rows, weight)
+        and can_norm(x.dtype, rows, x.shape[-1])
+    ):
         total, normal, _ = add_and_norm(x, parts, norm_D, eps)
         return total, project_rows(normal, weight)
 
@@ -82,13 +89,13 @@ def suits(dtype: jnp.dtype, rows: int, weight: Weight) -> bool:
     return known and rows <= MAX_ROWS and F % ROWS == D % DEPTH == 0 and multiprocessors() >= F // ROWS
 
 
-def parts_that_fit(rows: int, features: int, depth: int) -> int:
-    """Blocks of threads that share the columns of 64 features, so that most multiprocessors have something to read.
+def parts_that_fit(rows: int, features: int, depth: int, blocks: int) -> int:
+    """Blocks of threads that share the columns of 64 features, so that most of the `blocks` have something to read.
 
     Each of them joins at least 8 rows' sums.
     """
     parts = 1
-    while 2 * parts <= min(MAX_PARTS, rows // 8) and features // ROWS * 2 * parts <= multiprocessors():
+    while 2 * parts <= min(MAX_PARTS, rows // 8) and features // ROWS * 2 * parts <= blocks:
         if depth % (2 * parts * DEPTH):
             break
         parts *= 2
@@ -109,7 +116,7 @@ def streamed_product(
     fill = (0, filled_up(M) - M), (0, 0)
     residual_MF = None if residual_MF is None else jnp.pad(residual_MF, fill)
     how = {"dtype": dtype, "parts": parts, "interpret": interpret}
-    return streamed_tiles(jnp.pad(x_MD, fill), weight, residual_MF, None, **how)[0][:M]
+    return streamed_tiles(jnp.pad(x_MD, fill), weight, residual_MF, **how)[0][:M]
 
 
 def streamed_norm_product(
@@ -125,9 +132,10 @@ def streamed_norm_product(
     """The sum of `x` and parts, and the product of its RMS norm with a matrix, as `add_and_norm` and `project_rows`.
 
     The matrix is on its way while some of the blocks of threads add and normalise a row each, which all wait for. So
-    all have to run at once, as in `streamed_experts`.
+    all have to run at once, as in `streamed_experts`; and as a cluster has to find room in one part of the GPU, they
+    are at most three quarters of what would fit one by one.
     """
-    out_MF, total_MD, _ = streamed_tiles(x_MD, weight, None, (added, norm_D), eps=eps, parts=parts, interpret=interpret)
+    out_MF, total_MD, _ = streamed_tiles(x_MD, weight, None, added, norm_D, eps=eps, parts=parts, interpret=interpret)
     return total_MD, out_MF
 
 
@@ -136,21 +144,23 @@ def streamed_tiles(
     x_MD: jax.Array,
     weight: Weight,
     residual_MF: jax.Array | None,
-    before: tuple[Parts, jax.Array] | None,
+    added: Parts | None = None,
+    norm_D: jax.Array | None = None,
     *,
     dtype: jnp.dtype | None = None,
     parts: int | None = None,
     eps: float = 0.0,
     interpret=False,
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The product of 16, 32, 64 or 128 rows, and with `before`, the sum of rows and parts, and its norm.
+    """The product of 16, 32, 64 or 128 rows; if parts are added and normalised first, also their sum and its norm.
 
     A cluster of `parts` blocks of threads (default: as many as there is room for) has 64 features, each block a part of
     the columns. It stores its sums in the others' shared memory, and each block joins those of its share of the rows.
     """
     (rows, D), (F, _) = x_MD.shape, weight.shape
     dtype = dtype or x_MD.dtype
-    parts = parts or parts_that_fit(rows, F, D)
+    blocks = multiprocessors() if added is None else multiprocessors() * 3 // 4
+    parts = parts or parts_that_fit(rows, F, D, blocks)
     tiles = F // ROWS
     steps, share = D // parts // DEPTH, rows // parts
     stage_bytes = (ROWS * weight.dtype.itemsize + rows * x_MD.dtype.itemsize) * DEPTH
@@ -162,33 +172,33 @@ def streamed_tiles(
         return plgpu.load(ref, layout=layout, optimized=False)
 
     def body(
-        x, weight, residual, before, count, out, total, normal,
+        x, weight, residual, added, norm, counters, out, total, normal,
         x_s, weight_s, full, given_s=None, received_s=None, received=None,
     ):  # fmt: skip
         tile, part = lax.axis_index("tile"), lax.axis_index("part")
         features, own_rows = pl.ds(tile * ROWS, ROWS), pl.ds(part * share, share)
-        rows_ref = x if before is None else normal
+        ready = x if added is None else normal
 
-        def fetch(step, ref, scratch, of):
+        def fetch(step, ref, own, scratch):
             slot, columns = lax.rem(step, stages), pl.ds((part * steps + step) * DEPTH, DEPTH)
-            plgpu.copy_gmem_to_smem(ref.at[of, columns], scratch.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(ref.at[own, columns], scratch.at[slot], full.at[slot])
 
         def fetch_weights(step):
-            fetch(step, values_of(weight), weight_s, features)
+            fetch(step, values_of(weight), features, weight_s)
 
         def fetch_rows(step):
-            fetch(step, rows_ref, x_s, slice(None))
+            fetch(step, ready, slice(None), x_s)
 
         pl.loop(0, stages)(fetch_weights)
-        if before is not None:
-            added, norm = before
+        if added is not None:
+            done = counters.at[counters.shape[0] - 1]
 
             @pl.loop(tile * parts + part, rows, step=tiles * parts)
             def _norm(row):
                 norm_row(row, x, added, norm, normal, total, None, eps=eps)
-                signal(count.at[count.shape[0] - 1])
+                signal(done)
 
-            wait_for(count.at[count.shape[0] - 1], rows)
+            wait_for(done, rows)
         pl.loop(0, stages)(fetch_rows)
         if residual is not None:  # loaded while the first stages are on their way
             residual_FM = load(residual.at[own_rows, features].transpose((1, 0)), turned)
@@ -227,12 +237,11 @@ def streamed_tiles(
             leave()
 
     shares = shared_tile((parts, ROWS, share), jnp.float32)
-    rows_type = None if before is None else jax.ShapeDtypeStruct((rows, D), x_MD.dtype)
-    added, norm_D = before or (None, None)
-    before, count = (None, None) if before is None else ((added.values, norm_D), jax.new_ref(added.zeros))
+    rows_type = None if added is None else jax.ShapeDtypeStruct((rows, D), x_MD.dtype)
+    values, counters = (None, None) if added is None else (added.values, jax.new_ref(added.counters))
     # The interpreter runs blocks that wait for each other only where they are in one cluster.
     where = {"grid": (tiles,), "grid_names": ("tile",), "cluster": (parts,), "cluster_names": ("part",)}
-    if interpret and before is not None:
+    if interpret and added is not None:
         where = {"cluster": (tiles, parts), "cluster_names": ("tile", "part")}
     return plgpu.kernel(
         body,
@@ -245,4 +254,4 @@ def streamed_tiles(
             *((shares, shares, counter()) if parts > 1 else ()),
         ],
         interpret=interpret,
-    )(x_MD, weight, residual_MF, before, count)
+    )(x_MD, weight, residual_MF, values, norm_D, counters)

@@ -25,7 +25,7 @@ class Parts:
     """What a part of a layer adds to the residual stream, before it is summed."""
 
     values: jax.Array  # [P, ..., D]
-    zeros: jax.Array | None = None  # int32, of which the last is 0, for a kernel to count in
+    counters: jax.Array | None = None  # int32, of which the last is 0, for the next kernel to count in
 
 
 def add_and_norm(
@@ -34,7 +34,7 @@ def add_and_norm(
     """The sum of `x` [..., D] and parts, if there are any, and its RMS norm with the weights [D].
 
     The parts are summed in float32 and rounded to the dtype of `x` before they are added. With `digits`, the third
-    result are those of the norm's rows (kernels/row_digits.py), else it is None.
+    result are those of the norm's rows (kernels/row_digits.py), which have no gradient, else it is None.
     """
     rows = x.size // x.shape[-1]
     plain, fused = (functools.partial(function, eps=eps) for function in (plain_add_and_norm, fused_add_and_norm))

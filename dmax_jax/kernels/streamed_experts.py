@@ -84,13 +84,13 @@ def expert_sums(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 
-    The counters are returned, too, of which the last stays 0. The parts are float32; M is 16, 32, 64 or 128, of which
-    the rows' weights may have fewer. `weights_ML` is filled up with experts of weight 0 to a multiple of 256. First,
-    every block of threads lists the active experts for itself. Then, blocks walk over tiles of (expert, 64 features) of
-    gate and up, and after that each one multiplies some of the experts by 128 features of down. `zeros_E` count the
-    tiles of every 32 listed experts that are done, which down waits for. So all blocks have to run at once: at most one
-    per multiprocessor, no other such kernel beside it (nor another process's, under MPS), no vmap. As every block makes
-    its tiles before it waits for another's, all of them are made.
+    The counters are returned, too; the last stays 0, as fewer are used than there are experts. The parts are float32; M
+    is 16, 32, 64 or 128, of which the rows' weights may have fewer. `weights_ML` is filled up with experts of weight 0
+    to a multiple of 256. First, every block of threads lists the active experts for itself. Then, blocks walk over
+    tiles of (expert, 64 features) of gate and up, and after that each one multiplies some of the experts by 128
+    features of down. `zeros_E` count the tiles of every 32 listed experts that are done, which down waits for. So all
+    blocks have to run at once: at most one per multiprocessor, no other such kernel beside it (nor another process's,
+    under MPS), no vmap. As every block makes its tiles before it waits for another's, all of them are made.
 
     `rows` are [M, D] in `dtype`, that of the hidden features, or Digits, which gate and up in int8 multiply, so that
     none of their weights is converted. Down's are, as no block has seen the largest magnitude of the hidden features

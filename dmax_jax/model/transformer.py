@@ -63,8 +63,8 @@ def _layer(x_BTD, parts: Parts | None, layer: Layer, angles, visible, cached, co
         x_BTD, new = attention(x_BTD, parts, layer.attention_norm, layer.attention, angles, visible, cached, config)
     with jax.named_scope("mlp"):
         is_sparse = isinstance(layer.mlp, Moe)
-        digits = is_sparse and wants_digits(x_BTD, layer.mlp)
-        _, normal_BTD, digits = add_and_norm(x_BTD, None, layer.mlp_norm, config.rms_norm_eps, digits=digits)
+        as_digits = is_sparse and wants_digits(x_BTD, layer.mlp)
+        _, normal_BTD, digits = add_and_norm(x_BTD, None, layer.mlp_norm, config.rms_norm_eps, digits=as_digits)
         if is_sparse:
             parts, load_E = moe(normal_BTD, digits, layer.mlp, config)
         else:

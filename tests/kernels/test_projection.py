@@ -59,7 +59,7 @@ def test_more_steps_than_stages(monkeypatch):
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("rows", "features", "parts", "kind"), [(16, 128, 2, None), (32, 64, 1, "int8")])
+@pytest.mark.parametrize(("rows", "features", "parts", "kind"), [(16, 640, 2, None), (32, 64, 1, "int8")])
 def test_rows_are_summed_and_normalised_before_they_are_multiplied(rows, features, parts, kind):
     rng = np.random.default_rng(rows)
     x, weight, _ = draw(rows, features, 512)
@@ -73,8 +73,8 @@ def test_rows_are_summed_and_normalised_before_they_are_multiplied(rows, feature
     assert_close(found, normal, wide, jnp.zeros((rows, features)))
 
 
-@pytest.mark.parametrize("counted", [False, True])
-def test_which_rows_are_normalised_in_the_kernel(monkeypatch, counted):
+@pytest.mark.parametrize(("counted", "width"), [(False, 512), (True, 512), (True, 640)])
+def test_which_rows_are_normalised_in_the_kernel(monkeypatch, counted, width):
     seen = []
 
     def stand_in(x, parts, norm, weight, eps):
@@ -86,23 +86,23 @@ def test_which_rows_are_normalised_in_the_kernel(monkeypatch, counted):
     monkeypatch.setattr(projection, "multiprocessors", lambda: 132)
     monkeypatch.setattr(projection, "streamed_norm_product", stand_in)
     monkeypatch.setattr(projection, "streamed_product", plain_product)
-    x, weight, parts = draw(32, 64, 512)
-    x, parts = x.reshape(2, 16, 512), Parts(x.reshape(1, 2, 16, 512), jnp.zeros(4, jnp.int32) if counted else None)
-    total, out = norm_and_project(x, parts, jnp.ones(512, jnp.bfloat16), weight, 1e-6)
-    assert seen == ([(32, 512)] if counted else [])
-    expected, normal, _ = plain_add_and_norm(x, parts.values, jnp.ones(512, jnp.bfloat16), eps=1e-6)
+    x, weight, _ = draw(32, 64, width)
+    x, parts = x.reshape(2, 16, width), Parts(x.reshape(1, 2, 16, width), jnp.zeros(4, jnp.int32) if counted else None)
+    norm_D = jnp.ones(width, jnp.bfloat16)
+    total, out = norm_and_project(x, parts, norm_D, weight, 1e-6)
+    assert seen == ([(32, 512)] if counted and width == 512 else [])
+    expected, normal, _ = plain_add_and_norm(x, parts.values, norm_D, eps=1e-6)
     np.testing.assert_array_equal(total, expected)
     np.testing.assert_array_equal(out, project(normal, weight))
 
 
-def test_how_many_blocks_share_the_columns(monkeypatch):
-    monkeypatch.setattr(projection, "multiprocessors", lambda: 132)
-    assert parts_that_fit(32, 3072, 2048) == 2  # 96 blocks
-    assert parts_that_fit(32, 2048, 2048) == 4
-    assert parts_that_fit(64, 256, 2048) == 8
-    assert parts_that_fit(16, 256, 2048) == 2  # 8 rows for each to join
-    assert parts_that_fit(64, 256, 512) == 4  # a stage for each
-    assert parts_that_fit(64, 64 * 132, 2048) == 1
+def test_how_many_blocks_share_the_columns():
+    assert parts_that_fit(32, 3072, 2048, 132) == 2  # 96 blocks
+    assert parts_that_fit(32, 2048, 2048, 132) == 4
+    assert parts_that_fit(64, 256, 2048, 132) == 8
+    assert parts_that_fit(16, 256, 2048, 132) == 2  # 8 rows for each to join
+    assert parts_that_fit(64, 256, 512, 132) == 4  # a stage for each
+    assert parts_that_fit(64, 64 * 132, 2048, 132) == 1
 
 
 @pytest.mark.parametrize("hopper", [False, True])
