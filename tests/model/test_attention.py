@@ -27,14 +27,15 @@ def test_the_fused_kernel_and_the_plain_functions_are_one_attention(monkeypatch)
 
     weights = Attention(random((N + 2 * K) * H, D), random(D, N * H), 1 + random(H), 1 + random(H))
     x_BTD = D**0.5 * random(B, T, D)
+    norm_D = jnp.ones(D, jnp.bfloat16)
     angles = rotary_angles(jnp.arange(B * T).reshape(B, T), config.rotary_dim, config.rope_theta)
     visible = CachedBlocks(jnp.array([40, 0]), jnp.array([True, False]), 32)
     cached = LayerKV(10 * random(B, S, K, H), 10 * random(B, S, K, H))
-    expected = attention(x_BTD / 8, x_BTD, weights, angles, visible, cached, config)
+    expected = attention(x_BTD / 8, None, norm_D, weights, angles, visible, cached, config)
     kernel = functools.partial(interpreted, kernels.fused_decode_attention)
     monkeypatch.setattr(kernels, "can_fuse", lambda *_: True)
     monkeypatch.setattr(kernels, "fused_decode_attention", kernel)
-    found = attention(x_BTD / 8, x_BTD, weights, angles, visible, cached, config)
+    found = attention(x_BTD / 8, None, norm_D, weights, angles, visible, cached, config)
 
     def close(a, b):
         a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
