@@ -56,7 +56,7 @@ EOS_ID = flags.DEFINE_integer("eos_id", None, "End token, if config.json has non
 def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     start = time.perf_counter()
-    source, output = pathlib.Path(checkpoint_directory(INPUT.value)), pathlib.Path(OUTPUT.value)
+    source, output = checkpoint_directory(INPUT.value), pathlib.Path(OUTPUT.value)
     layout = detect_layout(source)
     target = TO.value or ("orbax" if layout == "hf" else "hf")
     config = read_config(source, mask_token_id=MASK_ID.value, eos_token_id=EOS_ID.value)

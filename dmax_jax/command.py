@@ -24,7 +24,8 @@ def run(
 
     Where a command does several things, `verbs` are the words of which the first argument must be one.
 
-    Raises SystemExit(2) after one line on stderr for bad flags, InputError and OSError, SystemExit(130) after Ctrl-C.
+    Raises SystemExit(2) after one line on stderr for bad flags, InputError and OSError, SystemExit(130) after Ctrl-C;
+    with the process's own `argv`, that ends the process at once.
     Flags live in a FlagValues of their own per command, so that several commands can be imported into one process.
     """
     own_process = argv is None

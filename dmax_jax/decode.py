@@ -36,7 +36,7 @@ from dmax_jax.assets import checkpoint_directory
 from dmax_jax.checkpoint.layout import detect_layout
 from dmax_jax.compilation_cache import use_compilation_cache
 from dmax_jax.data.tokenizer import Messages, Tokenizer
-from dmax_jax.decoding.batch import Answer, DecodeSettings, by_batch, decode_prompts
+from dmax_jax.decoding.batch import Answer, DecodeSettings, decode_prompts, progress_by_batch
 from dmax_jax.decoding.policies import Policy
 from dmax_jax.decoding_flags import DecodingFlags, LoadedModel
 from dmax_jax.errors import InputError
@@ -115,9 +115,8 @@ def answer_prompts(
     stream = Stream(len(ids[0]), model, settings) if STREAM.value else None
     decoded = decode_prompts(model.params, model.config, ids, policy, settings, on_block=stream)
     answers = []
-    for answer in tqdm(
-        decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size, **by_batch(settings.batch_size)
-    ):
+    batches = progress_by_batch(settings.batch_size)
+    for answer in tqdm(decoded, total=len(ids), unit="answer", disable=len(ids) <= settings.batch_size, **batches):
         text = shown(answer, model.tokenizer, name)
         # tqdm's does not tear the progress bar as print does.
         tqdm.write(text if stream is None else stream.rest_of(text))

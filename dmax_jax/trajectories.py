@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dmax_jax.answer_journal import Journal, Outcome, write_outcome
 from dmax_jax.data.shards import WHOLE, Shard
 from dmax_jax.data.tokenizer import Messages, Tokenizer
-from dmax_jax.decoding.batch import Answer, DecodeSettings, by_batch, decode_prompts
+from dmax_jax.decoding.batch import Answer, DecodeSettings, decode_prompts, progress_by_batch
 from dmax_jax.decoding.policies import Policy
 from dmax_jax.decoding_flags import LoadedModel
 from dmax_jax.errors import InputError
@@ -105,7 +105,7 @@ def to_outcome(answer: Answer, tokenizer: Tokenizer) -> Outcome:
 def with_progress_bar(answers: Iterable[Answer], done: int, total: int, batch_size: int) -> Iterator[Answer]:
     """Passes answers on and shows on stderr how many there are, and the tokens per second of decoding."""
     tokens, seconds = 0, 0.0
-    with tqdm(total=total, initial=done, unit="answer", **by_batch(batch_size)) as bar:
+    with tqdm(total=total, initial=done, unit="answer", **progress_by_batch(batch_size)) as bar:
         for number, answer in enumerate(answers, start=1):
             tokens += answer.generated_tokens
             seconds += answer.seconds / batch_size

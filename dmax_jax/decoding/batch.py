@@ -37,7 +37,7 @@ class DecodeSettings:
             raise InputError(f"seed={self.seed} must not be negative")
 
 
-def by_batch(batch_size: int) -> dict[str, float]:
+def progress_by_batch(batch_size: int) -> dict[str, float]:
     """Settings of a `tqdm` over answers, which come a batch at a time: it is drawn after each."""
     return {"miniters": batch_size, "mininterval": 0, "smoothing": 0}
 

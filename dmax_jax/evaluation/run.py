@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.data.tokenizer import Tokenizer
-from dmax_jax.decoding.batch import Answer, DecodeSettings, by_batch, decode_prompts
+from dmax_jax.decoding.batch import Answer, DecodeSettings, decode_prompts, progress_by_batch
 from dmax_jax.decoding.policies import Policy
 from dmax_jax.evaluation.metrics import measure, total_seconds
 from dmax_jax.evaluation.report import Result
@@ -26,7 +26,7 @@ def evaluate(
     """Decodes and scores all problems; shows progress on stderr."""
     prompts = [tokenizer.encode_prompt(problem.question) for problem in problems]
     decoded = decode_prompts(params, config, prompts, policy, settings)
-    whole_batches = by_batch(settings.batch_size)
+    whole_batches = progress_by_batch(settings.batch_size)
     answers = list(tqdm(decoded, f"threshold {policy.threshold:g}", total=len(prompts), unit="answer", **whole_batches))
     samples = [
         score(problem, answer, tokenizer.decode(answer.answer_ids))
