@@ -7,7 +7,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -20,18 +19,10 @@ AT_ONCE = 4  # neighbouring entries that a thread loads
 WIDTH = 128 * AT_ONCE  # entries that a warpgroup loads
 
 
-@struct.dataclass
-class Parts:
-    """What a part of a layer adds to the residual stream, before it is summed."""
-
-    values: jax.Array  # [P, ..., D]
-    counters: jax.Array | None = None  # int32, of which the last is 0, for the next kernel to count in
-
-
 def add_and_norm(
-    x: jax.Array, parts: Parts | None, weight: jax.Array, eps: float, *, digits: bool = False
+    x: jax.Array, parts: jax.Array | None, weight: jax.Array, eps: float, *, digits: bool = False
 ) -> tuple[jax.Array, jax.Array, Digits | None]:
-    """The sum of `x` [..., D] and parts, if there are any, and its RMS norm with the weights [D].
+    """The sum of `x` [..., D] and parts [P, ..., D], if there are any, and its RMS norm with the weights [D].
 
     The parts are summed in float32 and rounded to the dtype of `x` before they are added. With `digits`, the third
     result are those of the norm's rows (kernels/row_digits.py), which have no gradient, else it is None.
@@ -39,9 +30,9 @@ def add_and_norm(
     rows = x.size // x.shape[-1]
     plain, fused = (functools.partial(function, eps=eps) for function in (plain_add_and_norm, fused_add_and_norm))
     if not (is_hopper() and suits(x.dtype, rows, x.shape[-1]) and (digits or parts is not None)):
-        return plain(x, None if parts is None else parts.values, weight, digits=digits)
+        return plain(x, parts, weight, digits=digits)
     x_MD = x.reshape(rows, -1)
-    parts_PMD = None if parts is None else parts.values.reshape(-1, *x_MD.shape)
+    parts_PMD = None if parts is None else parts.reshape(-1, *x_MD.shape)
     if digits:
         total_MD, normal_MD, found = fused(x_MD, parts_PMD, weight, digits=True)
     else:

@@ -12,7 +12,6 @@ from dmax_jax.kernels.grouped_experts import grouped_experts
 from dmax_jax.kernels.hopper import differentiated_as, filled_up, is_hopper
 from dmax_jax.kernels.layers import swiglu
 from dmax_jax.kernels.quantised_weight import QuantisedWeight, Weight, factors, project, project_groups
-from dmax_jax.kernels.residual_norm import Parts
 from dmax_jax.kernels.row_digits import Digits
 from dmax_jax.kernels.streamed_experts import can_stream, multiplies_digits, streamed_experts
 
@@ -28,7 +27,7 @@ def routed_experts(
     digits: Digits | None = None,
     *,
     experts_per_row: int,
-) -> Parts:
+) -> jax.Array:
     """Sums, for every row, the SwiGLU outputs of its experts times its weights in them, and that of the shared expert.
 
     `experts` are gate and up [E, F, D] and down [E, D, F], `shared` the same without E and with a width of its own. A
@@ -36,7 +35,7 @@ def routed_experts(
     where `takes_digits`, or are made. The parts are [P, M, D].
     """
     if experts[0].shape[0] <= DENSE_EXPERTS:
-        return Parts(dense_experts(x_MD, choice, experts, shared)[None])
+        return dense_experts(x_MD, choice, experts, shared)[None]
     plain = functools.partial(ragged_experts, experts_per_row=experts_per_row)
     if is_hopper() and can_stream(x_MD, experts, shared):
         if digits is not None:
@@ -44,16 +43,16 @@ def routed_experts(
         return differentiated_as(functools.partial(in_parts, plain))(streamed_experts)(x_MD, choice, experts, shared)
     if is_hopper() and suits_kernels(x_MD, experts):
         grouped = functools.partial(grouped_experts, experts_per_row=experts_per_row)
-        return Parts(differentiated_as(plain)(grouped)(x_MD, choice, experts, shared)[None])
+        return differentiated_as(plain)(grouped)(x_MD, choice, experts, shared)[None]
     if isinstance(experts[0], QuantisedWeight) and len(x_MD) <= MAX_ROWS:
-        return Parts(looped_experts(x_MD, choice, experts, shared)[None])
-    return Parts(plain(x_MD, choice, experts, shared)[None])
+        return looped_experts(x_MD, choice, experts, shared)[None]
+    return plain(x_MD, choice, experts, shared)[None]
 
 
-def in_parts(plain, *inputs) -> Parts:
+def in_parts(plain, *inputs) -> jax.Array:
     """A plain result in as many parts as `streamed_experts` has: the first, and nothing."""
-    parts = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(streamed_experts, *inputs))
-    return parts.replace(values=parts.values.at[0].set(plain(*inputs).astype(parts.values.dtype)))
+    like = jax.eval_shape(streamed_experts, *inputs)
+    return jnp.zeros(like.shape, like.dtype).at[0].set(plain(*inputs).astype(like.dtype))
 
 
 def takes_digits(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:

@@ -38,7 +38,6 @@ from dmax_jax.kernels.expert_tiles import (
 from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, kernel, multiprocessors, signal, wait_for
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
-from dmax_jax.kernels.residual_norm import Parts
 from dmax_jax.kernels.row_digits import MOST_ROWS, Digits, in_digits, joined
 
 GROUP = 32  # experts whose tiles are counted together: looking at a counter takes longer than fetching a stage
@@ -60,7 +59,7 @@ def streamed_experts(
     *,
     blocks: int | None = None,
     interpret: Any = False,
-) -> Parts:
+) -> jax.Array:
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
     M, E = choice.weights_ME.shape
     rows = jnp.pad(x_MD, ((0, filled_up(M) - M), (0, 0))) if digits is None else digits
@@ -69,8 +68,7 @@ def streamed_experts(
     weights_ML = jnp.pad(choice.weights_ME, ((0, 0), (0, -E % (WARPGROUPS * THREADS))))  # nothing to do for 256
     inputs = rows, tuple(experts), tuple(shared), weights_ML, choice.columns_EM, choice.zeros_E
     blocks, dtype = blocks or multiprocessors(), x_MD.dtype
-    values_PMD, counts_E = expert_sums(*inputs, blocks=blocks, dtype=dtype, interpret=interpret)
-    return Parts(values_PMD[:, :M], counts_E)
+    return expert_sums(*inputs, blocks=blocks, dtype=dtype, interpret=interpret)[:, :M]
 
 
 def multiplies_digits(rows: int, experts: Matrices) -> bool:
@@ -81,16 +79,16 @@ def multiplies_digits(rows: int, experts: Matrices) -> bool:
 @kernel("blocks", "dtype")
 def expert_sums(
     rows, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, dtype: jnp.dtype, interpret=False
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 
-    The counters are returned, too; the last stays 0, as fewer are used than there are experts. The parts are float32; M
-    is 16, 32, 64 or 128, of which the rows' weights may have fewer. `weights_ML` is filled up with experts of weight 0
-    to a multiple of 256. First, every block of threads lists the active experts for itself. Then, blocks walk over
-    tiles of (expert, 64 features) of gate and up, and after that each one multiplies some of the experts by 128
-    features of down. `zeros_E` count the tiles of every 32 listed experts that are done, which down waits for. So all
-    blocks have to run at once: at most one per multiprocessor, no other such kernel beside it (nor another process's,
-    under MPS), no vmap. As every block makes its tiles before it waits for another's, all of them are made.
+    The parts are float32; M is 16, 32, 64 or 128, of which the rows' weights may have fewer. `weights_ML` is filled up
+    with experts of weight 0 to a multiple of 256. First, every block of threads lists the active experts for itself.
+    Then, blocks walk over tiles of (expert, 64 features) of gate and up, and after that each one multiplies some of the
+    experts by 128 features of down. `zeros_E` count the tiles of every 32 listed experts that are done, which down
+    waits for. So all blocks have to run at once: at most one per multiprocessor, no other such kernel beside it (nor
+    another process's, under MPS), no vmap. As every block makes its tiles before it waits for another's, all of them
+    are made.
 
     `rows` are [M, D] in `dtype`, that of the hidden features, or Digits, which gate and up in int8 multiply, so that
     none of their weights is converted. Down's are, as no block has seen the largest magnitude of the hidden features
@@ -228,8 +226,7 @@ def expert_sums(
 
     parts_type = jax.ShapeDtypeStruct((parts, M, D), jnp.float32)
     hidden_type = jax.ShapeDtypeStruct((E + 1, M, F), dtype)
-    counters = jax.new_ref(zeros_E)
-    parts_PMD, _ = plgpu.kernel(
+    return plgpu.kernel(
         body,
         out_type=(parts_type, hidden_type),
         **all_at_once(blocks, interpret=interpret),
@@ -238,8 +235,7 @@ def expert_sums(
         scratch_types=[*ring_types, *other_types],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(rows, experts, shared, weights_ML, columns_EM, counters)
-    return parts_PMD, jax.freeze(counters)
+    )(rows, experts, shared, weights_ML, columns_EM, jax.new_ref(zeros_E))[0]
 
 
 class Deal:

@@ -7,8 +7,8 @@ from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
 from dmax_jax.kernels.decode_attention import decode_attention
 from dmax_jax.kernels.layers import rms_norm, rotate
-from dmax_jax.kernels.projection import norm_and_project
-from dmax_jax.kernels.residual_norm import Parts
+from dmax_jax.kernels.projection import project_rows
+from dmax_jax.kernels.residual_norm import add_and_norm
 from dmax_jax.model.cache import LayerKV
 from dmax_jax.model.masks import BlockPattern, CachedBlocks, Visible
 from dmax_jax.model.params import Attention
@@ -17,7 +17,7 @@ from dmax_jax.model.shares import project_over_shares
 
 def attention(
     x_BTD: jax.Array,
-    parts: Parts | None,
+    parts: jax.Array | None,
     norm_D: jax.Array,
     weights: Attention,
     angles: tuple[jax.Array, jax.Array],
@@ -25,7 +25,7 @@ def attention(
     cached: LayerKV | None,
     config: ModelConfig,
 ) -> tuple[jax.Array, LayerKV]:
-    """Adds to T positions of the residual stream parts that are left, normalises them, attends from them.
+    """Adds the parts [P, B, T, D] that are left to T positions of the residual stream, normalises, attends from them.
 
     Returns the stream with the output added, [B, T, D], and the T new keys and values.
     `visible` is a mask [B, T, S] over S = cached + T positions, true where one may be seen, whose batch axis may be 1;
@@ -33,8 +33,8 @@ def attention(
     """
     B, T, _ = x_BTD.shape
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    x_BTD, qkv = norm_and_project(x_BTD, parts, norm_D, weights.qkv, config.rms_norm_eps)
-    qkv_BTNH = qkv.reshape(B, T, N + 2 * K, H)
+    x_BTD, normal_BTD, _ = add_and_norm(x_BTD, parts, norm_D, config.rms_norm_eps)
+    qkv_BTNH = project_rows(normal_BTD, weights.qkv).reshape(B, T, N + 2 * K, H)
     if isinstance(visible, CachedBlocks):
         out_BTNH, k_BTKH = decode_attention(
             qkv_BTNH,

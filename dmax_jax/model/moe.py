@@ -5,14 +5,13 @@ import jax.numpy as jnp
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.expert_tiles import Matrices
-from dmax_jax.kernels.residual_norm import Parts
 from dmax_jax.kernels.routed_experts import routed_experts, takes_digits
 from dmax_jax.kernels.row_digits import Digits
 from dmax_jax.model.params import Moe
 from dmax_jax.model.router import route
 
 
-def moe(x_BTD: jax.Array, digits: Digits | None, weights: Moe, config: ModelConfig) -> tuple[Parts, jax.Array]:
+def moe(x_BTD: jax.Array, digits: Digits | None, weights: Moe, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
     """Returns the output in parts [P, B, T, D], and the number of rows that chose each expert [E].
 
     `digits` are those of the rows if the experts want them: see `wants_digits`.
@@ -20,9 +19,7 @@ def moe(x_BTD: jax.Array, digits: Digits | None, weights: Moe, config: ModelConf
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     choice = route(x_MD, weights.router, weights.expert_bias, config)
     parts = routed_experts(x_MD, choice, *matrices(weights), digits, experts_per_row=config.num_experts_per_tok)
-    return parts.replace(values=parts.values.reshape(-1, *x_BTD.shape)), jnp.sum(
-        choice.weights_ME > 0, axis=0, dtype=jnp.int32
-    )
+    return parts.reshape(-1, *x_BTD.shape), jnp.sum(choice.weights_ME > 0, axis=0, dtype=jnp.int32)
 
 
 def wants_digits(x_BTD: jax.Array, weights: Moe) -> bool:

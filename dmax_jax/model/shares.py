@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.projection import project_rows
 from dmax_jax.kernels.quantised_weight import Weight
-from dmax_jax.kernels.residual_norm import Parts, joined_parts
+from dmax_jax.kernels.residual_norm import joined_parts
 from dmax_jax.model.params import Attention, Params, param_shardings
 from dmax_jax.model.quantisation import quantised_shardings, weights_kind
 from dmax_jax.sharding import DECODE
@@ -60,11 +60,11 @@ def sum_over_shares(part: jax.Array) -> jax.Array:
     return part if shares() == 1 else lax.psum(part, AXIS)
 
 
-def parts_over_shares(parts: Parts, dtype: jnp.dtype) -> Parts:
-    """The parts of a sum as they are, or, where several devices have some, one part: the sum of all."""
+def parts_over_shares(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The parts [P, ...] of a sum as they are, or, where several devices have some, one part: the sum of all."""
     if shares() == 1:
         return parts
-    return parts.replace(values=sum_over_shares(joined_parts(parts.values, dtype))[None])
+    return sum_over_shares(joined_parts(parts, dtype))[None]
 
 
 def project_over_shares(x: jax.Array, weight: Weight, residual: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
 from dmax_jax.kernels.layers import rotary_angles, swiglu
 from dmax_jax.kernels.quantised_weight import project_to_float32
-from dmax_jax.kernels.residual_norm import Parts, add_and_norm
+from dmax_jax.kernels.residual_norm import add_and_norm
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import Visible
@@ -57,7 +57,7 @@ def transformer(
     return Output(hidden_BTD, tuple(kv), tuple(loads))
 
 
-def _layer(x_BTD, parts: Parts | None, layer: Layer, angles, visible, cached, config: ModelConfig):
+def _layer(x_BTD, parts: jax.Array | None, layer: Layer, angles, visible, cached, config: ModelConfig):
     """Returns the residual stream, parts that the next norm adds to it, new keys and values, and the experts' loads."""
     with jax.named_scope("attention"):
         x_BTD, new = attention(x_BTD, parts, layer.attention_norm, layer.attention, angles, visible, cached, config)
@@ -68,7 +68,7 @@ def _layer(x_BTD, parts: Parts | None, layer: Layer, angles, visible, cached, co
         if is_sparse:
             parts, load_E = moe(normal_BTD, digits, layer.mlp, config)
         else:
-            parts, load_E = Parts(swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None]), None
+            parts, load_E = swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None], None
         return x_BTD, parts_over_shares(parts, x_BTD.dtype), new, load_E
 
 

@@ -130,20 +130,19 @@ def counting(callbacks):
         values = [memory.get_buffer_content(at, memory.access(at, ()), thread, logging_info=info)[0] for at in sources]
         blocks = next(len(value) for value in values if value.ndim == 3)
         for block in range(blocks):
-            there = in_block(block, counter, blocks)
+            there = in_block(block, counter)
             with changed:
                 _, counts, _ = state()
                 assert changed.wait_for(lambda: key([there]) in counts, timeout=60)  # noqa: B023
             given = [value[block] if value.ndim == 3 else value for value in values]
             for value, box, place in zip(given, boxes, places, strict=True):
-                callbacks._swap(token, location, thread, in_block(block, box, blocks), place, value, None)
+                callbacks._swap(token, location, thread, in_block(block, box), place, value, None)
             add_one(token, thread, there, number=sum(value.nbytes for value in given))
         return token
 
-    def in_block(number, array, blocks):
+    def in_block(number, array):
         allocation = callbacks.HostAllocationKey.from_array(array)
-        first = allocation.block_id - allocation.block_id % blocks  # of a cluster within that of all blocks
-        return dataclasses.replace(allocation, block_id=first + number).as_np_array
+        return dataclasses.replace(allocation, block_id=number).as_np_array
 
     def key(place):
         return tuple(int(index) for array in place for index in np.ravel(array))

@@ -6,17 +6,8 @@ import numpy as np
 import pytest
 
 from dmax_jax.kernels import projection
-from dmax_jax.kernels.projection import (
-    norm_and_project,
-    parts_that_fit,
-    plain_product,
-    project_rows,
-    streamed_norm_product,
-    streamed_product,
-    suits,
-)
+from dmax_jax.kernels.projection import parts_that_fit, plain_product, project_rows, streamed_product, suits
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, project, quantise
-from dmax_jax.kernels.residual_norm import Parts, add_and_norm, plain_add_and_norm
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
 
@@ -52,57 +43,20 @@ def test_the_kernel_equals_the_plain_function(rows, features, parts, kind):
 def test_more_steps_than_stages(monkeypatch):
     monkeypatch.setattr(projection, "stages_that_fit", lambda *_, **__: 3)
     x, weight, residual = draw(8, 64, 128 * 14)
-    projection.streamed_tiles.clear_cache()
+    streamed_product.clear_cache()
     found = interpreted(functools.partial(streamed_product, parts=2), x, weight, residual)
-    projection.streamed_tiles.clear_cache()
+    streamed_product.clear_cache()
     assert_close(found, x, weight.astype(jnp.float32), residual.astype(jnp.float32))
 
 
-@needs_interpreter
-@pytest.mark.parametrize(("rows", "features", "parts", "kind"), [(16, 640, 2, None), (32, 64, 1, "int8")])
-def test_rows_are_summed_and_normalised_before_they_are_multiplied(rows, features, parts, kind):
-    rng = np.random.default_rng(rows)
-    x, weight, _ = draw(rows, features, 512)
-    weight = quantise(weight, kind) if kind else weight
-    added = Parts(jnp.asarray(rng.normal(size=(3, rows, 512)), jnp.float32), jnp.zeros(4, jnp.int32))
-    norm = jnp.asarray(1 + rng.normal(size=512) / 4, jnp.bfloat16)
-    total, found = interpreted(streamed_norm_product, x, added, norm, weight, eps=1e-6, parts=parts)
-    exact_total, normal, _ = add_and_norm(x, added, norm, 1e-6)
-    np.testing.assert_array_equal(total, exact_total)
-    wide = dequantise(weight) if kind else weight.astype(jnp.float32)
-    assert_close(found, normal, wide, jnp.zeros((rows, features)))
-
-
-@pytest.mark.parametrize(("counted", "width"), [(False, 512), (True, 512), (True, 640)])
-def test_which_rows_are_normalised_in_the_kernel(monkeypatch, counted, width):
-    seen = []
-
-    def stand_in(x, parts, norm, weight, eps):
-        seen.append(x.shape)
-        total, normal, _ = plain_add_and_norm(x, parts.values, norm, eps=eps)
-        return total, project(normal, weight)
-
-    monkeypatch.setattr(projection, "is_hopper", lambda: True)
+def test_how_many_blocks_share_the_columns(monkeypatch):
     monkeypatch.setattr(projection, "multiprocessors", lambda: 132)
-    monkeypatch.setattr(projection, "streamed_norm_product", stand_in)
-    monkeypatch.setattr(projection, "streamed_product", plain_product)
-    x, weight, _ = draw(32, 64, width)
-    x, parts = x.reshape(2, 16, width), Parts(x.reshape(1, 2, 16, width), jnp.zeros(4, jnp.int32) if counted else None)
-    norm_D = jnp.ones(width, jnp.bfloat16)
-    total, out = norm_and_project(x, parts, norm_D, weight, 1e-6)
-    assert seen == ([(32, 512)] if counted and width == 512 else [])
-    expected, normal, _ = plain_add_and_norm(x, parts.values, norm_D, eps=1e-6)
-    np.testing.assert_array_equal(total, expected)
-    np.testing.assert_array_equal(out, project(normal, weight))
-
-
-def test_how_many_blocks_share_the_columns():
-    assert parts_that_fit(32, 3072, 2048, 132) == 2  # 96 blocks
-    assert parts_that_fit(32, 2048, 2048, 132) == 4
-    assert parts_that_fit(64, 256, 2048, 132) == 8
-    assert parts_that_fit(16, 256, 2048, 132) == 2  # 8 rows for each to join
-    assert parts_that_fit(64, 256, 512, 132) == 4  # a stage for each
-    assert parts_that_fit(64, 64 * 132, 2048, 132) == 1
+    assert parts_that_fit(32, 3072, 2048) == 2  # 96 blocks
+    assert parts_that_fit(32, 2048, 2048) == 4
+    assert parts_that_fit(64, 256, 2048) == 8
+    assert parts_that_fit(16, 256, 2048) == 2  # 8 rows for each to join
+    assert parts_that_fit(64, 256, 512) == 4  # a stage for each
+    assert parts_that_fit(64, 64 * 132, 2048) == 1
 
 
 @pytest.mark.parametrize("hopper", [False, True])

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmax_jax.kernels.residual_norm import Parts, add_and_norm, fused_add_and_norm, plain_add_and_norm
+from dmax_jax.kernels.residual_norm import add_and_norm, fused_add_and_norm, plain_add_and_norm
 from dmax_jax.kernels.row_digits import in_digits
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
@@ -18,7 +18,7 @@ def draw(rows, parts, width=1024, seed=0):
 
 def test_parts_are_rounded_added_and_normalised():
     x, parts, weight = draw(3, 2)
-    total, normal, digits = add_and_norm(x, Parts(parts), weight, EPS)
+    total, normal, digits = add_and_norm(x, parts, weight, EPS)
     added = x + (parts[0] + parts[1]).astype(jnp.bfloat16)
     np.testing.assert_array_equal(total, added)
     added = np.asarray(added, np.float64)
