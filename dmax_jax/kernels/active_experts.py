@@ -93,27 +93,23 @@ class SharedList:
         return sum(self.totals())
 
 
-def sum_in_warp(flags_C, layout):
-    """For every thread how many of its warp's threads up to itself have a 1."""
+def sum_in_warp(numbers_C, layout):
+    """For every thread the sum of the int32 of its warp's threads up to itself."""
 
     @plgpu.inline_mgpu(
-        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(flags_C.shape, flags_C.dtype, layout=layout)
+        arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(numbers_C.shape, numbers_C.dtype, layout=layout)
     )
-    def count_up_to(_, flags):
-        count = """{
-            .reg .pred is_set;
-            .reg .b32 votes, up_to;
-            setp.ne.s32 is_set, $1, 0;
-            vote.sync.ballot.b32 votes, is_set, -1;
-            mov.u32 up_to, %lanemask_le;
-            and.b32 votes, votes, up_to;
-            popc.b32 $0, votes;
-        }"""
-        registers = np.empty_like(flags.registers)
-        for place, flag in np.ndenumerate(flags.registers):
-            one = mgpu.utils.bitcast(flag, word_type())
-            sum_ = mgpu.utils.inline_ptx(count, one, result_types=one.type, has_side_effects=True, convergent=True)
-            registers[place] = mgpu.utils.bitcast(sum_, flag.type)
-        return mgpu.FragmentedArray(_registers=registers, _layout=flags.layout, _is_signed=flags.is_signed)
+    def sum_up_to(_, numbers):
+        steps = "".join(
+            f"shfl.sync.up.b32 other|is_there, $0, {distance}, 0, -1; @is_there add.s32 $0, $0, other;"
+            for distance in (1, 2, 4, 8, 16)
+        )
+        scan = f"{{ .reg .pred is_there; .reg .s32 other; mov.b32 $0, $1; {steps} }}"
+        registers = np.empty_like(numbers.registers)
+        for place, number in np.ndenumerate(numbers.registers):
+            one = mgpu.utils.bitcast(number, word_type())
+            sum_ = mgpu.utils.inline_ptx(scan, one, result_types=one.type, has_side_effects=True, convergent=True)
+            registers[place] = mgpu.utils.bitcast(sum_, number.type)
+        return mgpu.FragmentedArray(_registers=registers, _layout=numbers.layout, _is_signed=numbers.is_signed)
 
-    return count_up_to(flags_C)
+    return sum_up_to(numbers_C)

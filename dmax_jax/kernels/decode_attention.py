@@ -113,7 +113,9 @@ def fused_decode_attention(
     received_bytes = ROWS * (H + NARROW * parts) * 4 if parts > 1 else 0
     given_bytes = ROWS * (H + NARROW) * 4 if parts > 1 else 0
     others = tile_bytes + given_bytes + received_bytes + 2 * ROWS * half * 4 + ROWS * (ROWS + share) * dtype.itemsize
-    stages = stages_that_fit(2 * tile_bytes, others, most=4)
+    # Of few rows, a block has as much on its way as it can; of many, two blocks stand on a multiprocessor.
+    most, others = (4, others) if parts > 1 else (2, others - tile_bytes)
+    stages = stages_that_fit(2 * tile_bytes, others, most)
     wgmma, by_row, by_column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def load(ref, layout=wgmma):
@@ -124,8 +126,8 @@ def fused_decode_attention(
 
     def body(
         qkv, q_norm, k_norm, cosines, sines, cached_k, cached_v, seen, sees_previous, out, new_k,
-        q_s, cos_s, sin_s, k_s, v_s, probs_s, out_s, q_full, own_full, full,
-        own_shares_s=None, shares_s=None, own_sums_s=None, sums_s=None, received=None,
+        q_s, cos_s, sin_s, k_s, v_s, probs_s, q_full, own_full, full,
+        out_s=None, own_shares_s=None, shares_s=None, own_sums_s=None, sums_s=None, received=None,
     ):  # fmt: skip
         row, group, part = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("part")
         head = lax.div(group * together, N // K)  # of keys and values
@@ -254,6 +256,7 @@ def fused_decode_attention(
             whole = sum(weights)
             wide = [jnp.concatenate([weight / whole] * (share // NARROW), axis=1) for weight in weights]
             joined = sum(load(shares_s.at[i]) * weight for i, weight in enumerate(wide))
+        out_s = q_s if parts == 1 else out_s  # the queries have done their work
         out_s[...] = joined.astype(dtype)
         plgpu.commit_smem()
         columns = pl.ds(part * share, share)
@@ -281,11 +284,10 @@ def fused_decode_attention(
             *[shared_tile((ROWS, half), jnp.float32)] * 2,
             *[shared_tile((stages, ROWS, H), dtype)] * 2,
             shared_tile((ROWS, ROWS), dtype),
-            shared_tile((ROWS, share), dtype),
             plgpu.Barrier(num_arrivals=3 * together),
             plgpu.Barrier(num_arrivals=2 * together),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-            *((shares, shares, *sums, counter()) if parts > 1 else ()),
+            *((shared_tile((ROWS, share), dtype), shares, shares, *sums, counter()) if parts > 1 else ()),
         ],
         compiler_params=PARAMS,
         interpret=interpret,
@@ -294,8 +296,8 @@ def fused_decode_attention(
 
 
 def parts_that_fit(clusters: int) -> int:
-    """Blocks per cluster; those of one stand close together, so not every multiprocessor can be had."""
+    """Blocks per cluster; those of one stand close together, so only pairs find room on every multiprocessor."""
     parts = MAX_PARTS
-    while parts > 1 and 4 * clusters * parts > 3 * multiprocessors():
+    while parts > 2 and 4 * clusters * parts > 3 * multiprocessors():
         parts //= 2
-    return parts
+    return parts if clusters * parts <= multiprocessors() else 1

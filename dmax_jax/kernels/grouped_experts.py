@@ -1,21 +1,20 @@
 """The routed experts of many rows: rows are brought together by expert, in tiles that multiply one expert each.
 
-Every expert's weights come from memory once, as with few rows, but multiply only the rows that chose it. The places of
-rows are counted rather than sorted.
+Every expert's weights come from memory once, as with few rows, but multiply only the rows that chose it.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jax import lax
 
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices
 from dmax_jax.kernels.grouped_products import tile_hidden, tile_outputs
 from dmax_jax.kernels.hopper import multiprocessors
 from dmax_jax.kernels.layers import swiglu
+from dmax_jax.kernels.row_groups import group_rows
 
 
 def grouped_experts(
@@ -30,70 +29,18 @@ def grouped_experts(
 ) -> jax.Array:
     """`routed_experts` on a Hopper GPU, by `blocks` blocks of threads (default: one per multiprocessor)."""
     (M, E), D = choice.weights_ME.shape, x_MD.shape[1]
-    groups = group_rows(choice.weights_ME, experts_per_row, tile_rows(M * experts_per_row, E))
+    tile = tile_rows(M * experts_per_row, E)
+    groups = group_rows(x_MD, choice, tile, experts_per_row=experts_per_row, interpret=interpret)
     tiles = groups.ids_T, groups.upto_E
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    hidden_TRF = tile_hidden(x_MD[groups.rows_TR], tuple(experts[:2]), *tiles, groups.weights_TR, **how)
+    hidden_TRF = tile_hidden(groups.rows_TRD, tuple(experts[:2]), *tiles, groups.weights_P, **how)
     out_TRD = tile_outputs(hidden_TRF, experts[2], *tiles, **how)
     out_MXD = out_TRD.reshape(-1, D)[groups.places_MX].astype(jnp.float32)
-    out_MXD = jnp.where(groups.taken_MX[:, :, None], out_MXD, 0)
+    out_MXD = jnp.where((groups.places_MX >= 0)[:, :, None], out_MXD, 0)
     return jnp.sum(out_MXD, axis=1).astype(x_MD.dtype) + swiglu(x_MD, *shared)
-
-
-@struct.dataclass
-class Groups:
-    """T tiles of R rows: those of the experts up to e are the first `upto_E[e]`, and `ids_T` says whose each is."""
-
-    rows_TR: jax.Array  # any row where there is none
-    weights_TR: jax.Array  # 0 where there is no row
-    ids_T: jax.Array
-    upto_E: jax.Array
-    places_MX: jax.Array  # of every row's pairs among the T R places
-    taken_MX: jax.Array  # false for the pairs that a row has too few experts for
 
 
 def tile_rows(pairs: int, experts: int) -> int:
     """Rows of a tile: room for most experts' rows, as the matrix units multiply as many at once."""
-    mean = -(-pairs // experts)
-    return min(MAX_ROWS, max(16, 1 << (2 * mean - 1).bit_length()))
-
-
-def group_rows(weights_ME: jax.Array, experts_per_row: int, tile: int) -> Groups:
-    """Gives every (row, expert) pair a place: an expert's rows, in their order, fill tiles of their own."""
-    M, E = weights_ME.shape
-    pairs = M * experts_per_row
-    T = min(E, pairs) + pairs // tile
-    taken_ME = weights_ME > 0
-    rank_ME = count_above(taken_ME)
-    tiles_E = -(-jnp.sum(taken_ME, axis=0, dtype=jnp.int32) // tile)
-    order_E = jnp.arange(E)
-    upto_E = jnp.sum(jnp.where(order_E[None] <= order_E[:, None], tiles_E[None], 0), axis=1)
-    place_ME = ((upto_E - tiles_E) * tile)[None] + rank_ME
-    weights_MX, ids_MX = lax.top_k(weights_ME, experts_per_row)
-    taken_MX = weights_MX > 0
-    places_MX = jnp.where(taken_MX, jnp.take_along_axis(place_ME, ids_MX, axis=1), T * tile)
-
-    def spread(values_MX: jax.Array) -> jax.Array:
-        empty_P = jnp.zeros(T * tile, values_MX.dtype)
-        return empty_P.at[places_MX].set(values_MX, mode="drop", unique_indices=True).reshape(T, tile)
-
-    return Groups(
-        rows_TR=spread(jnp.broadcast_to(jnp.arange(M)[:, None], places_MX.shape)),
-        weights_TR=spread(weights_MX),
-        ids_T=jnp.sum(upto_E[None] <= jnp.arange(T)[:, None], axis=1, dtype=jnp.int32),
-        upto_E=upto_E,
-        places_MX=jnp.where(taken_MX, places_MX, 0),
-        taken_MX=taken_MX,
-    )
-
-
-def count_above(marked_ME: jax.Array) -> jax.Array:
-    """How many entries of a column are true above each entry: products within chunks of rows, sums over chunks."""
-    M, E = marked_ME.shape
-    chunk = min(M, MAX_ROWS)
-    marked_CRE = jnp.pad(marked_ME, ((0, -M % chunk), (0, 0))).reshape(-1, chunk, E).astype(jnp.bfloat16)
-    above_RR = jnp.tri(chunk, k=-1, dtype=jnp.bfloat16)
-    within_CRE = jnp.einsum("rs,cse->cre", above_RR, marked_CRE, preferred_element_type=jnp.float32)
-    sums_CE = jnp.sum(marked_CRE, axis=1, dtype=jnp.float32)
-    before_CE = jnp.cumsum(sums_CE, axis=0) - sums_CE
-    return (within_CRE + before_CE[:, None]).astype(jnp.int32).reshape(-1, E)[:M]
+    mean = pairs / experts
+    return min(MAX_ROWS, 16 * math.ceil((mean + 2.5 * mean**0.5) / 16))

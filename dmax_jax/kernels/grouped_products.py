@@ -1,7 +1,7 @@
 """Products of tiles of rows with one expert each, for `grouped_experts`: gate and up, and then down.
 
-T tiles have R rows each, R being 16, 32, 64 or 128. The last of `upto` says how many tiles there are; what belongs to
-those past them is not written. Blocks of threads walk over (tile, features) in turn.
+T tiles have R rows each, R being a multiple of 16 up to 128. The last of `upto` says how many tiles there are; what
+belongs to those past them is not written. Blocks of threads walk over (tile, features) in turn.
 """
 
 import jax
@@ -30,7 +30,7 @@ from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 
 
 @kernel("blocks")
-def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interpret=False) -> jax.Array:
+def tile_hidden(x_TRD, matrices, ids_T, upto, weights_P, *, blocks: int, interpret=False) -> jax.Array:
     """silu(gate x) * (up x) * weight for every tile and its expert: [T, R, F]. `matrices` are gate and up."""
     (T, R, D), (E, F, _) = x_TRD.shape, matrices[0].shape
     dtype, weight_dtype = x_TRD.dtype, matrices[0].dtype
@@ -70,7 +70,10 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
                 scale = load_scale(matrices[matrix], expert_at(ids, tile, E), None, 0.0, channels)
                 return scaled(products(stream, weights_s.at[matrix], rows_s, turn * steps, (turn + 1) * steps), scale)
 
-            make_hidden(own, product, lambda turn: per_row(weights.at[place(turn)[0]], R), exchanged)
+            def weights_of(turn):
+                return per_row(weights.at[pl.ds(place(turn)[0] * R, R)], R)
+
+            make_hidden(own, product, weights_of, exchanged)
 
         @pl.when(warpgroup == WRITER)
         def _write():
@@ -92,7 +95,7 @@ def tile_hidden(x_TRD, matrices, ids_T, upto, weights_TR, *, blocks: int, interp
         scratch_types=[*ring_types, exchange(R, dtype)],
         compiler_params=PARAMS,
         interpret=interpret,
-    )(x_TRD, matrices, ids_T, upto, weights_TR)
+    )(x_TRD, matrices, ids_T, upto, weights_P)
 
 
 @kernel("blocks")

@@ -155,7 +155,7 @@ def counting(callbacks):
         match equation.params["mgpu_fn"].__name__:
             case "convert":  # 8-bit weights
                 return token, [values[0].astype("bfloat16")]
-            case "count_up_to":  # the flags of a warp's threads
+            case "sum_up_to":  # of a warp's threads
                 return token, [values[0].reshape(-1, 32).cumsum(axis=1).reshape(-1)]
             case "store":
                 run, operands = store, (self.mesh_location, *values)
