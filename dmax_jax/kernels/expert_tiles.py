@@ -34,6 +34,11 @@ def suits_kernels(x_MD: jax.Array, experts: Matrices) -> bool:
     return x_MD.dtype == jnp.bfloat16 and alike and D % WIDTH == F % WIDTH == 0
 
 
+def are_alike(experts: Matrices, shared: Matrices) -> bool:
+    """Whether the shared expert has the routed ones' sizes and dtype."""
+    return all(a.shape[1:] == b.shape and a.dtype == b.dtype for a, b in zip(experts, shared, strict=True))
+
+
 def stage_depth(rows: int, columns: int) -> int:
     """Columns of the weights in a stage: few large copies, if the rows leave room for two stages or more."""
     return math.gcd(256 if rows <= 64 else 128, columns)

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from dmax_jax.kernels.expert_choice import Choice
-from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices
-from dmax_jax.kernels.grouped_products import tile_hidden, tile_outputs
+from dmax_jax.kernels.expert_tiles import MAX_ROWS, Matrices, are_alike
+from dmax_jax.kernels.grouped_products import places_of_all, tile_hidden, tile_outputs
 from dmax_jax.kernels.hopper import multiprocessors
 from dmax_jax.kernels.layers import swiglu
 from dmax_jax.kernels.row_groups import group_rows
@@ -31,13 +31,19 @@ def grouped_experts(
     (M, E), D = choice.weights_ME.shape, x_MD.shape[1]
     tile = tile_rows(M * experts_per_row, E)
     groups = group_rows(x_MD, choice, tile, experts_per_row=experts_per_row, interpret=interpret)
-    tiles = groups.ids_T, groups.upto_E
+    T = len(groups.rows_TRD)
+    is_one_more = are_alike(experts, shared) and tile <= M  # whose rows are all rows
+    of_all = x_MD if is_one_more else None
+    matrices = [(routed, one if is_one_more else None) for routed, one in zip(experts, shared, strict=True)]
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
-    hidden_TRF = tile_hidden(groups.rows_TRD, tuple(experts[:2]), *tiles, groups.weights_P, **how)
-    out_TRD = tile_outputs(hidden_TRF, experts[2], *tiles, **how)
-    out_MXD = out_TRD.reshape(-1, D)[groups.places_MX].astype(jnp.float32)
-    out_MXD = jnp.where((groups.places_MX >= 0)[:, :, None], out_MXD, 0)
-    return jnp.sum(out_MXD, axis=1).astype(x_MD.dtype) + swiglu(x_MD, *shared)
+    hidden_TRF = tile_hidden(of_all, groups.rows_TRD, matrices[:2], groups.tiles, groups.weights_P, **how)
+    out_TRD = tile_outputs(hidden_TRF, matrices[2], groups.tiles, routed_tiles=T, **how)
+    places_MX = groups.places_MX
+    if is_one_more:
+        places_MX = jnp.concatenate([places_MX, places_of_all(M, tile, T)[:, None]], axis=1)
+    out_MXD = out_TRD.reshape(-1, D)[places_MX].astype(jnp.float32)
+    out_MD = jnp.sum(jnp.where((places_MX >= 0)[:, :, None], out_MXD, 0), axis=1).astype(x_MD.dtype)
+    return out_MD if is_one_more else out_MD + swiglu(x_MD, *shared)
 
 
 def tile_rows(pairs: int, experts: int) -> int:

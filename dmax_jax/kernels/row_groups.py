@@ -23,8 +23,16 @@ BY_THREAD = plgpu.Layout.TCGEN05_TMEM_NATIVE(1).reduce(1)  # every thread has on
 
 
 @struct.dataclass
+class Tiles:
+    """Those of the experts up to e are the first `upto_E[e]`, and `ids_T` says whose each is."""
+
+    ids_T: jax.Array
+    upto_E: jax.Array
+
+
+@struct.dataclass
 class Groups:
-    """T tiles of R rows: those of the experts up to e are the first `upto_E[e]`, and `ids_T` says whose each is.
+    """T tiles of R rows, and what stands in them.
 
     What belongs to tiles past the last one, or to places without a row, is not written. E may be filled up. Weights and
     ids are followed by numbers of no consequence.
@@ -32,8 +40,7 @@ class Groups:
 
     rows_TRD: jax.Array
     weights_P: jax.Array  # of what stands at the T R places, in its expert
-    ids_T: jax.Array
-    upto_E: jax.Array
+    tiles: Tiles
     places_MX: jax.Array  # of every row's copies among the T R places; -1 where it has fewer experts
 
 
@@ -48,7 +55,7 @@ def group_rows(x_MD: jax.Array, choice: Choice, tile: int, *, experts_per_row: i
     rows_PD, weights_P, ids_T, upto_E, places_ME = place_rows(
         x_MD, weights_ME, ranks_EM, counts_E, tiles=T, tile=tile, experts_per_row=experts_per_row, interpret=interpret
     )
-    return Groups(rows_PD.reshape(T, tile, D), weights_P, ids_T, upto_E, places_ME[:, :experts_per_row])
+    return Groups(rows_PD.reshape(T, tile, D), weights_P, Tiles(ids_T, upto_E), places_ME[:, :experts_per_row])
 
 
 @kernel()

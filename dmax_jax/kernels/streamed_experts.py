@@ -24,6 +24,7 @@ from dmax_jax.kernels.expert_tiles import (
     WIDTH,
     WRITER,
     Matrices,
+    are_alike,
     exchange,
     exchange_bytes,
     expert_at,
@@ -45,9 +46,9 @@ GROUP = 32  # experts whose tiles are counted together: looking at a counter tak
 
 def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
     """Whether the rows are few, the shared expert is like the others, and down's features are not too many."""
-    alike = all(a.shape[1:] == b.shape and a.dtype == b.dtype for a, b in zip(experts, shared, strict=True))
     enough_blocks = x_MD.shape[1] // WIDTH <= multiprocessors()
-    return suits_kernels(x_MD, experts) and alike and len(x_MD) <= MAX_ROWS and enough_blocks
+    few = len(x_MD) <= MAX_ROWS
+    return suits_kernels(x_MD, experts) and are_alike(experts, shared) and few and enough_blocks
 
 
 def streamed_experts(

@@ -5,9 +5,10 @@ import pytest
 
 from dmax_jax.kernels.expert_choice import choice_of
 from dmax_jax.kernels.grouped_experts import grouped_experts, tile_rows
-from dmax_jax.kernels.grouped_products import tile_hidden, tile_outputs
+from dmax_jax.kernels.grouped_products import Order, places_of_all, tile_hidden, tile_outputs
 from dmax_jax.kernels.quantised_weight import KINDS, dequantise, quantise
 from dmax_jax.kernels.routed_experts import ragged_experts
+from dmax_jax.kernels.row_groups import Tiles
 from tests.kernels.interpreter import interpreted, needs_interpreter
 from tests.kernels.test_routed_experts import draw
 
@@ -21,16 +22,17 @@ def single(tree, dtype):
 @needs_interpreter
 @pytest.mark.parametrize("blocks", [2, 7])
 @pytest.mark.parametrize(
-    ("rows", "experts", "per_row", "chosen", "among"),
+    ("rows", "experts", "per_row", "chosen", "among", "shared_width"),
     [
-        (40, 12, 3, 3, None),  # tiles of 16
-        (50, 6, 3, 3, [0, 2, 5]),  # tiles of 48, experts with every row and with none
-        (70, 3, 2, 2, None),  # tiles of 80
-        (20, 12, 4, 2, None),  # fewer experts than a row may have
+        (40, 12, 3, 3, None, F),  # tiles of 16
+        (50, 6, 3, 3, [0, 2, 5], F),  # tiles of 48, experts with every row and with none
+        (70, 3, 2, 2, None, F),  # tiles of 80
+        (20, 12, 4, 2, None, 64),  # fewer experts than a row may have
+        (32, 12, 2, 0, None, F),  # none at all
     ],
 )
-def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, among, blocks):
-    x, weights, routed, shared = draw(rows, rows, D, F, experts, chosen, among, shared_width=64)
+def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, among, shared_width, blocks):
+    x, weights, routed, shared = draw(rows, rows, D, F, experts, chosen, among, shared_width=shared_width)
     choice = choice_of(single(weights, jnp.float32))
     given = single((x, routed, shared), jnp.bfloat16)
     found = interpreted(grouped_experts, given[0], choice, *given[1:], experts_per_row=per_row, blocks=blocks)
@@ -44,7 +46,7 @@ def test_the_kernels_equal_the_plain_function(rows, experts, per_row, chosen, am
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "experts", "per_row"), [(40, 12, 3), (50, 6, 3), (70, 3, 2)])  # tiles of 16, 48, 80
 def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, experts, per_row, kind):
-    x, weights, routed, shared = draw(rows, rows, D, F, experts, per_row, None, shared_width=64)
+    x, weights, routed, shared = draw(rows, rows, D, F, experts, per_row, None, shared_width=F)
     choice = choice_of(single(weights, jnp.float32))
     x = jnp.asarray(x, jnp.bfloat16)
     factors = [1 + np.arange(matrix.shape[1])[:, None] % 5 for matrix in routed]  # scales differ much
@@ -67,12 +69,32 @@ def test_the_kernels_alone_have_no_races_either():
 
     x, gate, up, down = draw_bf16(0, 4, 16, D), draw_bf16(1, 2, F, D), draw_bf16(2, 2, F, D), draw_bf16(3, 2, D, F)
     weights = jnp.linspace(0.5, 2, 64, dtype=jnp.float32)
-    ids, upto = jnp.array([0, 1, 1, 0]), jnp.array([1, 3])  # the fourth tile is none
-    hidden = interpreted(tile_hidden, x, (gate, up), ids, upto, weights, blocks=5)
-    wide, of = jnp.float32, ids[:3]
+    tiles = Tiles(jnp.array([0, 1, 1, 0]), jnp.array([1, 3]))  # the fourth tile is none
+    how = {"blocks": 5}
+    hidden = interpreted(tile_hidden, None, x, [(gate, None), (up, None)], tiles, weights, **how)
+    wide, of = jnp.float32, tiles.ids_T[:3]
     gated, raised = (jnp.einsum("trd,tfd->trf", x[:3].astype(wide), m[of].astype(wide)) for m in (gate, up))
     exact = jax.nn.silu(gated) * raised * weights[:48].reshape(3, 16, 1)
     assert np.linalg.norm(hidden[:3] - exact) < 0.004 * np.linalg.norm(exact)
-    found = interpreted(tile_outputs, hidden, down, ids, upto, blocks=5)
+    found = interpreted(tile_outputs, hidden, (down, None), tiles, routed_tiles=4, **how)
     exact = jnp.einsum("trf,tdf->trd", hidden[:3].astype(wide), down[of].astype(wide))
     assert np.linalg.norm(found[:3] - exact) < 0.004 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize(("routed", "shared"), [(0, 3), (2, 3), (20, 3), (7, 0), (16, 16)])
+def test_every_tile_has_its_turn_and_those_of_the_shared_expert_are_spread(routed, shared):
+    order = Order(Tiles(jnp.zeros(30, int), jnp.array([routed])), 30, shared, 4)
+    found = [order.find(jnp.int32(place)) for place in range(routed + shared)]
+    assert int(order.count) == len(found)
+    numbers = {kind: [int(f.number) for f in found if bool(f.is_shared) == kind] for kind in (False, True)}
+    assert numbers == {False: list(range(routed)), True: list(range(shared))}
+    assert [int(f.stands) for f in found if f.is_shared] == [30 + number for number in range(shared)]
+    gaps = np.diff([place for place, f in enumerate(found) if f.is_shared])
+    assert len(set(gaps.tolist())) <= 1
+
+
+@pytest.mark.parametrize("rows", [48, 50, 16])
+def test_where_the_shared_expert_leaves_the_rows(rows):
+    starts = [min(first, rows - 16) for first in range(0, rows, 16)]
+    standing = np.concatenate([np.arange(start, start + 16) for start in starts])
+    np.testing.assert_array_equal(standing[places_of_all(rows, 16, 3) - 48], np.arange(rows))

@@ -31,14 +31,14 @@ def test_every_row_is_copied_to_a_place_of_its_own_in_a_tile_of_its_expert(rows,
     groups = interpreted(group_rows, x, choice, TILE, experts_per_row=per_row)
     counts = (weights > 0).sum(axis=0)
     upto = np.cumsum(-(-counts // TILE))
-    assert groups.upto_E[:experts].tolist() == upto.tolist()
-    assert groups.upto_E[-1] == upto[-1]
-    assert groups.ids_T[: upto[-1]].tolist() == [e for e in range(experts) for _ in range(-(-counts[e] // TILE))]
+    assert groups.tiles.upto_E[:experts].tolist() == upto.tolist()
+    assert groups.tiles.upto_E[-1] == upto[-1]
+    assert groups.tiles.ids_T[: upto[-1]].tolist() == [e for e in range(experts) for _ in range(-(-counts[e] // TILE))]
     places = np.asarray(groups.places_MX)
     assert ((places >= 0).sum(axis=1) == chosen).all()
     taken = places[places >= 0]
     assert len(set(taken.tolist())) == len(taken)
-    row_of, expert_of = np.nonzero(places >= 0)[0], np.asarray(groups.ids_T)[taken // TILE]
+    row_of, expert_of = np.nonzero(places >= 0)[0], np.asarray(groups.tiles.ids_T)[taken // TILE]
     assert list(zip(row_of, expert_of, strict=True)) == list(zip(*np.nonzero(weights), strict=True))
     np.testing.assert_array_equal(groups.rows_TRD.reshape(-1, 256)[taken], x[row_of])
     np.testing.assert_array_equal(groups.weights_P[taken], weights[row_of, expert_of])
