@@ -38,12 +38,10 @@ def grouped_experts(
     how = {"blocks": blocks or multiprocessors(), "interpret": interpret}
     hidden_TRF = tile_hidden(of_all, groups.rows_TRD, matrices[:2], groups.tiles, groups.weights_P, **how)
     out_TRD = tile_outputs(hidden_TRF, matrices[2], groups.tiles, routed_tiles=T, **how)
-    places_MX = groups.places_MX
-    if is_one_more:
-        places_MX = jnp.concatenate([places_MX, places_of_all(M, tile, T)[:, None]], axis=1)
-    out_MXD = out_TRD.reshape(-1, D)[places_MX].astype(jnp.float32)
-    out_MD = jnp.sum(jnp.where((places_MX >= 0)[:, :, None], out_MXD, 0), axis=1).astype(x_MD.dtype)
-    return out_MD if is_one_more else out_MD + swiglu(x_MD, *shared)
+    out_PD = out_TRD.reshape(-1, D)
+    out_MXD = jnp.where((groups.places_MX >= 0)[:, :, None], out_PD[groups.places_MX].astype(jnp.float32), 0)
+    shared_MD = out_PD[places_of_all(M, tile, T)] if is_one_more else swiglu(x_MD, *shared)
+    return (jnp.sum(out_MXD, axis=1) + shared_MD.astype(jnp.float32)).astype(x_MD.dtype)
 
 
 def tile_rows(pairs: int, experts: int) -> int:

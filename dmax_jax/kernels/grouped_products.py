@@ -87,7 +87,8 @@ def tile_hidden(x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: in
 
             def weights_of(turn):
                 found, _ = place(turn)
-                return jnp.where(found.is_shared, 1.0, per_row(weights.at[pl.ds(found.number * R, R)], R))
+                weights_R = per_row(weights.at[pl.ds(found.number * R, R)], R)
+                return jnp.where(lax.broadcast(found.is_shared, (R,)), 1.0, weights_R)
 
             make_hidden(own, product, weights_of, exchanged)
 
