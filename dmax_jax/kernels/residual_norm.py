@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dmax_jax.kernels.exchange import Inbox, sum_over_devices
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper, kernel
 from dmax_jax.kernels.layers import rms_norm
 from dmax_jax.kernels.row_digits import BASE, LARGEST, Digits, in_digits
@@ -40,6 +41,30 @@ def add_and_norm(
     return total_MD.reshape(x.shape), normal_MD.reshape(x.shape), found
 
 
+def add_and_norm_over(
+    axis: str,
+    inbox: Inbox | None,
+    x: jax.Array,
+    parts: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    *,
+    digits: bool = False,
+) -> tuple[jax.Array, jax.Array, Digits | None]:
+    """`add_and_norm` of parts of which every device along a mesh axis has some; all get the same, to the last bit.
+
+    What a device has is summed first, and the sums, of the dtype of `x`, after that. It has no gradient.
+    """
+    rows = x.size // x.shape[-1]
+    if inbox is None or not suits(x.dtype, rows, x.shape[-1]):
+        whole = lax.psum(joined_parts(parts, x.dtype), axis)
+        return add_and_norm(x, whole[None], weight, eps, digits=digits)
+    x_MD = x.reshape(rows, -1)
+    parts_PMD = parts.reshape(-1, *x_MD.shape)
+    total_MD, normal_MD, found = fused_add_and_norm(x_MD, parts_PMD, weight, inbox, eps=eps, digits=digits)
+    return total_MD.reshape(x.shape), normal_MD.reshape(x.shape), found
+
+
 def plain_add_and_norm(x: jax.Array, parts: jax.Array | None, weight: jax.Array, *, eps: float, digits: bool = False):
     """`add_and_norm` by XLA."""
     total = x if parts is None else x + joined_parts(parts, x.dtype)
@@ -57,8 +82,11 @@ def suits(dtype: jnp.dtype, rows: int, width: int) -> bool:
     return dtype == jnp.bfloat16 and rows <= MAX_ROWS and width % WIDTH == 0
 
 
-def norm_row(row, x, parts, weight, normal, total, digits, *, eps: float) -> None:
-    """What a block of threads makes of a row: `normal[row]`, and `total[row]` and digits where there are such."""
+def norm_row(row, x, parts, weight, inbox, normal, total, digits, *, eps: float) -> None:
+    """What a block of threads makes of a row: `normal[row]`, and `total[row]` and digits where there are such.
+
+    With an inbox, other devices have parts too.
+    """
     (M, D), dtype = x.shape, x.dtype
     layout = plgpu.Layout.WG_STRIDED((D,), AT_ONCE)
 
@@ -70,7 +98,11 @@ def norm_row(row, x, parts, weight, normal, total, digits, *, eps: float) -> Non
 
     weight_D, sum_D = load(weight), load(x.at[row])
     if parts is not None:
-        sum_D = rounded(sum_D + rounded(sum(load(parts.at[part, row]) for part in range(parts.shape[0]))))
+        added_D = sum(load(parts.at[part, row]) for part in range(parts.shape[0]))
+        if inbox is not None:
+            number = inbox.rounds[row] + 1
+            added_D = sum_over_devices(added_D.astype(dtype), inbox, row, number, layout)
+        sum_D = rounded(sum_D + rounded(added_D))
         total[row] = sum_D.astype(dtype)
     normal_D = rounded(sum_D * lax.rsqrt(jnp.sum(sum_D * sum_D) * (1 / D) + eps))
     normal_D = rounded(normal_D * weight_D)
@@ -82,11 +114,22 @@ def norm_row(row, x, parts, weight, normal, total, digits, *, eps: float) -> Non
         digits.values[row] = high_D.astype(jnp.int8)
         digits.values[M + row] = (number_D - BASE * high_D).astype(jnp.int8)
         digits.largest[row] = largest
+    if inbox is not None:  # by now all threads have seen the last number, as they have summed the squares together
+        inbox.rounds[row] = number
 
 
 @kernel("eps", "digits")
-def fused_add_and_norm(x_MD, parts_PMD, weight_D, *, eps: float, digits: bool = False, interpret=False):
-    """`add_and_norm` of few rows [M, D] on a Hopper GPU: a block of threads has a row."""
+def fused_add_and_norm(
+    x_MD,
+    parts_PMD,
+    weight_D,
+    inbox: Inbox | None = None,
+    *,
+    eps: float,
+    digits: bool = False,
+    interpret=False,
+):
+    """`add_and_norm` of few rows [M, D] on a Hopper GPU, or `add_and_norm_over`: a block of threads has a row."""
     (M, D), dtype = x_MD.shape, x_MD.dtype
 
     def body(*refs):
@@ -100,5 +143,5 @@ def fused_add_and_norm(x_MD, parts_PMD, weight_D, *, eps: float, digits: bool = 
         grid=(M,),
         grid_names=("row",),
         interpret=interpret,
-    )(x_MD, parts_PMD, weight_D)
+    )(x_MD, parts_PMD, weight_D, inbox)
     return x_MD if total_MD is None else total_MD, normal_MD, found

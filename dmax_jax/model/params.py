@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
+from dmax_jax.kernels.exchange import Inbox
 from dmax_jax.kernels.quantised_weight import Weight
 from dmax_jax.sharding import Rules, named_sharding
 
@@ -51,6 +52,7 @@ class Params:
     layers: tuple[Layer, ...]
     norm: jax.Array  # [D]
     head: Weight  # [V, D]
+    inbox: Inbox | None = None  # not a parameter: of a device that shares a model (model/shares.py), while it computes
 
 
 @dataclasses.dataclass(frozen=True)

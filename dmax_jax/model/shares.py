@@ -15,9 +15,13 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from dmax_jax.config import ModelConfig
+from dmax_jax.kernels.exchange import Inbox, open_inbox
+from dmax_jax.kernels.hopper import is_hopper
 from dmax_jax.kernels.projection import project_rows
 from dmax_jax.kernels.quantised_weight import Weight
-from dmax_jax.kernels.residual_norm import joined_parts
+from dmax_jax.kernels.residual_norm import MAX_ROWS, add_and_norm, add_and_norm_over
+from dmax_jax.kernels.residual_norm import suits as can_norm
+from dmax_jax.kernels.row_digits import Digits
 from dmax_jax.model.params import Attention, Params, param_shardings
 from dmax_jax.model.quantisation import quantised_shardings, weights_kind
 from dmax_jax.sharding import DECODE
@@ -55,23 +59,29 @@ def is_first_share() -> bool | jax.Array:
     return shares() == 1 or lax.axis_index(AXIS) == 0
 
 
-def sum_over_shares(part: jax.Array) -> jax.Array:
-    """The sum of every device's part."""
-    return part if shares() == 1 else lax.psum(part, AXIS)
+def project_over_shares(x: jax.Array, weight: Weight, residual: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """The residual plus the product of `x` with a matrix, or, if devices have some columns each, the two apart.
 
-
-def parts_over_shares(parts: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The parts [P, ...] of a sum as they are, or, where several devices have some, one part: the sum of all."""
+    The product is then a part [1, ...] of what `add_and_norm_over_shares` adds, else None.
+    """
     if shares() == 1:
-        return parts
-    return sum_over_shares(joined_parts(parts, dtype))[None]
+        return project_rows(x, weight, residual), None
+    return residual, project_rows(x, weight)[None]
 
 
-def project_over_shares(x: jax.Array, weight: Weight, residual: jax.Array) -> jax.Array:
-    """The residual plus the product of `x` with a matrix, of both of which every device has some columns."""
-    if shares() == 1:
-        return project_rows(x, weight, residual)
-    return residual + sum_over_shares(project_rows(x, weight))
+def add_and_norm_over_shares(
+    x: jax.Array,
+    parts: jax.Array | None,
+    weight: jax.Array,
+    eps: float,
+    inbox: Inbox | None,
+    *,
+    digits: bool = False,
+) -> tuple[jax.Array, jax.Array, Digits | None]:
+    """`add_and_norm` of the parts that all devices have."""
+    if shares() == 1 or parts is None:
+        return add_and_norm(x, parts, weight, eps, digits=digits)
+    return add_and_norm_over(AXIS, inbox, x, parts, weight, eps, digits=digits)
 
 
 def first_token(own_tokens: int) -> int | jax.Array:
@@ -87,7 +97,7 @@ def gather_shares(tree):
 def _own_share(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
     """What is split arrives as the device's part of it; the rows of `qkv`, which belong to three kinds, are taken here.
 
-    With more shares than key heads, several have the same one.
+    With more shares than key heads, several have the same one. Memory for what the devices tell each other is added.
     """
     parts = shares()
     if parts == 1:
@@ -110,4 +120,6 @@ def _own_share(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig
         return weights.replace(qkv=jax.tree.map(own_rows, weights.qkv))
 
     layers = tuple(layer.replace(attention=own_heads(layer.attention)) for layer in params.layers)
-    return params.replace(layers=layers), own
+    exchanges = is_hopper() and can_norm(params.embed.dtype, MAX_ROWS, config.hidden_size)
+    inbox = open_inbox(AXIS, MAX_ROWS, config.hidden_size) if exchanges else None
+    return params.replace(layers=layers, inbox=inbox), own

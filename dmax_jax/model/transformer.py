@@ -10,13 +10,12 @@ from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
 from dmax_jax.kernels.layers import rotary_angles, swiglu
 from dmax_jax.kernels.quantised_weight import project_to_float32
-from dmax_jax.kernels.residual_norm import add_and_norm
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import Visible
 from dmax_jax.model.moe import moe, wants_digits
 from dmax_jax.model.params import Layer, Moe, Params
-from dmax_jax.model.shares import parts_over_shares
+from dmax_jax.model.shares import add_and_norm_over_shares
 
 
 @struct.dataclass
@@ -50,26 +49,29 @@ def transformer(
         for index, layer in enumerate(params.layers):
             with jax.named_scope(f"layer_{index}"):
                 cached = None if cache is None else cache[index]
-                x_BTD, parts, new, load = _layer(x_BTD, parts, layer, angles, visible, cached, config)
+                x_BTD, parts, new, load = _layer(x_BTD, parts, layer, angles, visible, cached, config, params.inbox)
             kv.append(new)
             loads += [] if load is None else [load]
-    _, hidden_BTD, _ = add_and_norm(x_BTD, parts, params.norm, config.rms_norm_eps)
+    _, hidden_BTD, _ = add_and_norm_over_shares(x_BTD, parts, params.norm, config.rms_norm_eps, params.inbox)
     return Output(hidden_BTD, tuple(kv), tuple(loads))
 
 
-def _layer(x_BTD, parts: jax.Array | None, layer: Layer, angles, visible, cached, config: ModelConfig):
+def _layer(x_BTD, parts: jax.Array | None, layer: Layer, angles, visible, cached, config: ModelConfig, inbox):
     """Returns the residual stream, parts that the next norm adds to it, new keys and values, and the experts' loads."""
     with jax.named_scope("attention"):
-        x_BTD, new = attention(x_BTD, parts, layer.attention_norm, layer.attention, angles, visible, cached, config)
+        weights = layer.attention_norm, layer.attention
+        x_BTD, parts, new = attention(x_BTD, parts, *weights, angles, visible, cached, config, inbox)
     with jax.named_scope("mlp"):
         is_sparse = isinstance(layer.mlp, Moe)
         as_digits = is_sparse and wants_digits(x_BTD, layer.mlp)
-        _, normal_BTD, digits = add_and_norm(x_BTD, None, layer.mlp_norm, config.rms_norm_eps, digits=as_digits)
+        x_BTD, normal_BTD, digits = add_and_norm_over_shares(
+            x_BTD, parts, layer.mlp_norm, config.rms_norm_eps, inbox, digits=as_digits
+        )
         if is_sparse:
             parts, load_E = moe(normal_BTD, digits, layer.mlp, config)
         else:
             parts, load_E = swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None], None
-        return x_BTD, parts_over_shares(parts, x_BTD.dtype), new, load_E
+        return x_BTD, parts, new, load_E
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:
