@@ -68,7 +68,7 @@ def count_rows(columns_EM, *, interpret=False) -> tuple[jax.Array, jax.Array]:
     together = math.gcd(M // THREADS, AT_ONCE)
 
     def body(columns, ranks, counts, upto_s):
-        expert = lax.axis_index("expert")
+        expert = lax.axis_index("column")
 
         def count(step, before):
             starts = [(step * together + number) * THREADS for number in range(together)]
@@ -84,7 +84,7 @@ def count_rows(columns_EM, *, interpret=False) -> tuple[jax.Array, jax.Array]:
         body,
         out_type=[jax.ShapeDtypeStruct((E, M), jnp.int32), jax.ShapeDtypeStruct((E,), jnp.int32)],
         grid=(E,),
-        grid_names=("expert",),
+        grid_names=("column",),
         scratch_types=[plgpu.SMEM((together * THREADS,), jnp.int32)],
         compiler_params=PARAMS,
         interpret=interpret,
