@@ -188,24 +188,19 @@ def places_of_all(rows: int, tile: int, routed_tiles: int) -> jax.Array:
 
 
 class Order:
-    """In which order tiles are worked on.
-
-    The shared expert's weights come from the L2 cache, so its tiles are spread evenly among those that memory feeds.
-    """
+    """In which order tiles are worked on: last those of the shared expert, whose weights come from the L2 cache."""
 
     def __init__(self, tiles: Tiles, routed_tiles: int, shared_tiles: int, experts: int):
         self.ids, self.routed_tiles, self.shared_tiles, self.experts = tiles.ids_T, routed_tiles, shared_tiles, experts
-        self.count = tiles.upto_E[tiles.upto_E.shape[0] - 1] + shared_tiles
-        self.period = lax.div(self.count, max(shared_tiles, 1))
+        self.routed = tiles.upto_E[tiles.upto_E.shape[0] - 1]  # those that exist
+        self.count = self.routed + shared_tiles
 
     def find(self, place) -> "Found":
         """The tile that comes at a place of the order."""
         if not self.shared_tiles:
             return Found(self, place, False)
-        before = lax.div(place, self.period)
-        is_shared = (before < self.shared_tiles) & (lax.rem(place, self.period) == self.period - 1)
-        before = jnp.minimum(before, self.shared_tiles)
-        return Found(self, jnp.where(is_shared, before, place - before), is_shared)
+        is_shared = place >= self.routed
+        return Found(self, place - jnp.where(is_shared, self.routed, 0), is_shared)
 
 
 class Found:

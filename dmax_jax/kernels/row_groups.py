@@ -72,7 +72,7 @@ def count_rows(columns_EM, *, interpret=False) -> tuple[jax.Array, jax.Array]:
 
         def count(step, before):
             starts = [(step * together + number) * THREADS for number in range(together)]
-            taken = [flags(columns, (expert, pl.ds(start, THREADS))) for start in starts]
+            taken = [flags(load(columns, (expert, pl.ds(start, THREADS)))) for start in starts]
             upto, total = sums_up_to(taken, upto_s)
             for start, taken_C, upto_C in zip(starts, taken, upto, strict=True):
                 ranks[expert, pl.ds(start, THREADS)] = before + upto_C - taken_C
@@ -108,10 +108,15 @@ def place_rows(
     def body(x, weights, ranks, counts, rows, placed_weights, ids, upto, places, upto_s, list_s):
         row = lax.axis_index("row")
         own_row = jnp.minimum(row, M - 1)
-        x_D = plgpu.load(x.at[own_row], layout=strided, optimized=False)
+        x_D = plgpu.load(x.at[own_row], layout=strided, optimized=False)  # all that it needs is on its way at once
+        own_counts = [load(counts, pl.ds(start, THREADS)) for start in starts]
+        own_weights = [load(weights, (own_row, pl.ds(start, THREADS))) for start in starts]
+        own_ranks = [load(ranks, (pl.ds(start, THREADS), own_row)) for start in starts]
         experts = [plgpu.broadcasted_iota(jnp.int32, (THREADS,), 0, layout=BY_THREAD) + start for start in starts]
-        own_tiles = [lax.div(load(counts, pl.ds(start, THREADS)) + (tile - 1), tile) for start in starts]
+        own_tiles = [lax.div(counts_C + (tile - 1), tile) for counts_C in own_counts]
+        taken = [flags(weights_C) for weights_C in own_weights]
         tiles_upto, _ = sums_up_to(own_tiles, upto_s)
+        taken_upto, total = sums_up_to(taken, upto_s)
 
         @pl.when(row < tiles)
         def _tile():
@@ -126,17 +131,15 @@ def place_rows(
 
         @pl.when(row < M)
         def _row():
-            taken = [flags(weights, (own_row, pl.ds(start, THREADS))) for start in starts]
-            taken_upto, total = sums_up_to(taken, upto_s)
-            for number, start in enumerate(starts):
-                own, expert_C, taken_C = pl.ds(start, THREADS), experts[number], taken[number]
+            for number, expert_C in enumerate(experts):
+                taken_C = taken[number]
                 before_C = taken_upto[number] - taken_C
                 first_C = (tiles_upto[number] - own_tiles[number]) * tile
-                place_C = jnp.where(taken_C > 0, first_C + load(ranks, (own, own_row)), -1)
+                place_C = jnp.where(taken_C > 0, first_C + own_ranks[number], -1)
                 stands_C = jnp.where(taken_C > 0, before_C, total + expert_C - before_C)
                 scatter(list_s, (stands_C,), place_C, BY_THREAD)
                 target_C = jnp.where(taken_C > 0, place_C, last + expert_C)
-                scatter(placed_weights, (target_C,), load(weights, (own_row, own)), BY_THREAD)
+                scatter(placed_weights, (target_C,), own_weights[number], BY_THREAD)
             plgpu.commit_smem()
             for start in starts:
                 own = pl.ds(start, THREADS)
@@ -169,9 +172,9 @@ def load(ref, at):
     return plgpu.load(ref.at[at], layout=BY_THREAD, optimized=False)
 
 
-def flags(ref, at):
+def flags(numbers_C):
     """1 where a number is above 0, else 0."""
-    return jnp.where(load(ref, at) > 0, 1, 0)
+    return jnp.where(numbers_C > 0, 1, 0)
 
 
 def sums_up_to(numbers: list, upto_s) -> tuple[list, jax.Array]:
