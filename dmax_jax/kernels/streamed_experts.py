@@ -1,6 +1,6 @@
 """The routed experts of few rows: every expert that some row chose is read once, and multiplies all rows.
 
-For at most 128 rows the weights' way from memory takes longer than the products with all rows, so nothing is sorted or
+For at most 64 rows the weights' way from memory takes longer than the products with all rows, so nothing is sorted or
 gathered: a row that did not choose an expert has weight 0 there. One kernel makes all of it, so that memory doesn't
 idle while some blocks of threads have finished gate and up and others haven't.
 """
@@ -18,7 +18,6 @@ from dmax_jax.kernels.active_experts import THREADS, SharedList
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.expert_tiles import (
     FETCHER,
-    MAX_ROWS,
     PARAMS,
     WARPGROUPS,
     WIDTH,
@@ -41,13 +40,14 @@ from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
 from dmax_jax.kernels.row_digits import MOST_ROWS, Digits, in_digits, joined
 
+FEW_ROWS = 64  # 128 rows, all multiplied by all experts, took longer than 256 grouped ones
 GROUP = 32  # experts whose tiles are counted together: looking at a counter takes longer than fetching a stage
 
 
 def can_stream(x_MD: jax.Array, experts: Matrices, shared: Matrices) -> bool:
     """Whether the rows are few, the shared expert is like the others, and down's features are not too many."""
     enough_blocks = x_MD.shape[1] // WIDTH <= multiprocessors()
-    few = len(x_MD) <= MAX_ROWS
+    few = len(x_MD) <= FEW_ROWS
     return suits_kernels(x_MD, experts) and are_alike(experts, shared) and few and enough_blocks
 
 
@@ -83,7 +83,7 @@ def expert_sums(
 ) -> jax.Array:
     """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 
-    The parts are float32; M is 16, 32, 64 or 128, of which the rows' weights may have fewer. `weights_ML` is filled up
+    The parts are float32; M is 16, 32 or 64, of which the rows' weights may have fewer. `weights_ML` is filled up
     with experts of weight 0 to a multiple of 256. First, every block of threads lists the active experts for itself.
     Then, blocks walk over tiles of (expert, 64 features) of gate and up, and after that each one multiplies some of the
     experts by 128 features of down. `zeros_E` count the tiles of every 32 listed experts that are done, which down

@@ -1,4 +1,6 @@
+import ast
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dmax_jax.config import MeshConfig
+from dmax_jax.kernels import hopper
 from dmax_jax.kernels.hopper import all_at_once, differentiated_as, is_hopper, signal, wait_for
+from dmax_jax.sharding import make_mesh
 from tests.kernels.interpreter import interpreted, needs_interpreter
 
 
@@ -86,3 +91,13 @@ def test_gradients_are_those_of_the_plain_function():
 
 def test_a_cpu_is_no_hopper_gpu():
     assert not is_hopper()
+
+
+def test_no_axis_of_a_kernel_has_the_name_of_a_mesh_axis():
+    named = set()
+    for path in pathlib.Path(hopper.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "axis_index":
+                named |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+    assert "warpgroup" in named
+    assert not named & set(make_mesh(MeshConfig()).axis_names)  # the index would be the device's

@@ -214,8 +214,8 @@ def test_8_bit_experts_of_bfloat16_rows(implementation, kind):
         (128, 12, False, "looped"),
         (129, 12, False, "ragged"),
         (11, DENSE_EXPERTS, True, "dense"),
-        (128, 12, True, "streamed"),
-        (129, 12, True, "grouped"),
+        (64, 12, True, "streamed"),
+        (65, 12, True, "grouped"),
     ],
 )
 def test_what_runs_8_bit_experts(rows, experts, hopper, chosen, kind, monkeypatch):

@@ -46,7 +46,7 @@ def check(rows, among, blocks, chosen=X, kind=None):
 
 @needs_interpreter
 @pytest.mark.parametrize("blocks", [2, 5])
-@pytest.mark.parametrize(("rows", "among"), [(1, None), (20, [7, 8, 9]), (32, [0, 4, 11]), (64, None), (128, None)])
+@pytest.mark.parametrize(("rows", "among"), [(1, None), (20, [7, 8, 9]), (32, [0, 4, 11]), (64, None)])
 def test_the_kernels_equal_the_plain_function(rows, among, blocks):
     check(rows, among, blocks)
 
@@ -54,7 +54,7 @@ def test_the_kernels_equal_the_plain_function(rows, among, blocks):
 @needs_interpreter
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", [2, 5])
-@pytest.mark.parametrize(("rows", "among"), [(1, None), (32, [0, 4, 11]), (64, None), (128, None)])
+@pytest.mark.parametrize(("rows", "among"), [(1, None), (32, [0, 4, 11]), (64, None)])
 def test_weights_of_eight_bits_times_their_scales_are_what_multiplies(rows, among, blocks, kind):
     check(rows, among, blocks, kind=kind)
 
@@ -104,7 +104,7 @@ def test_shapes_that_the_kernels_are_not_made_for_are_refused():
     x, experts, shared, _ = inputs_of(4)
     assert can_stream(x, experts, shared)
     assert not can_stream(*single((x, experts, shared), jnp.float32))
-    assert not can_stream(jnp.zeros((129, D), jnp.bfloat16), experts, shared)
+    assert not can_stream(jnp.zeros((65, D), jnp.bfloat16), experts, shared)
     assert not can_stream(x, experts, [shared[0][:64], shared[1][:64], shared[2][:, :64]])
     assert not can_stream(x[:, :64], [array[..., :64] for array in experts], shared)
     int8, fp8 = ([rounded(matrices, kind)[0] for matrices in (experts, shared)] for kind in KINDS)
