@@ -48,7 +48,7 @@ class SharedList:
         """Lists the experts with a weight above 0 in any row of `weights`, [M, E] in global memory.
 
         A thread reads all rows of one expert, so that a warp reads numbers that stand side by side. It counts the
-        active experts before its own: those of its warp by a vote, the others by the totals of warps.
+        active experts before its own: those of its warp by a sum within it, the others by the totals of warps.
         """
         M, E = weights.shape
         if E % (self.warpgroups * THREADS):

@@ -113,9 +113,9 @@ def fused_decode_attention(
     received_bytes = ROWS * (H + NARROW * parts) * 4 if parts > 1 else 0
     given_bytes = ROWS * (H + NARROW) * 4 if parts > 1 else 0
     others = tile_bytes + given_bytes + received_bytes + 2 * ROWS * half * 4 + ROWS * (ROWS + share) * dtype.itemsize
-    # Of few rows, a block has as much on its way as it can; of many, two blocks stand on a multiprocessor.
-    most, others = (4, others) if parts > 1 else (2, others - tile_bytes)
-    stages = stages_that_fit(2 * tile_bytes, others, most)
+    others -= tile_bytes if parts == 1 else 0  # the output takes the place of the queries
+    # A block has as much on its way as it can, unless there are so many that two should stand on a multiprocessor.
+    stages = stages_that_fit(2 * tile_bytes, others, most=4 if B * groups <= multiprocessors() else 2)
     wgmma, by_row, by_column = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
 
     def load(ref, layout=wgmma):

@@ -30,8 +30,9 @@ class Inbox:
     received round n + 1, which the others send after the kernel in which they received round n, so that its place is
     free. Hence all devices make the same rounds in the same order, one kernel after another.
 
-    To XLA these are arrays that nobody changes, and must stay where they are while there are rounds: so no program may
-    compute with them.
+    To XLA these are arrays that nobody changes. They must stay where they are while there are rounds, so no program may
+    compute with them: XLA copies none of them as long as kernels and loops only hand them on. A device that stops
+    sending leaves the others waiting for ever. The devices must be of one process, and reach each other's memory.
     """
 
     words: jax.Array  # int32 [devices, 2 rows, D], by the device that they come from

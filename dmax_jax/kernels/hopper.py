@@ -162,20 +162,20 @@ def wait_for(counter, number) -> None:
     wait_until(counter, jnp.int32(number))
 
 
-def scatter(into_s, places, values_C, layout) -> None:
-    """Writes `values_C` into shared memory, as `into_s[places] = values_C` would; `places` are indices for each axis.
+def scatter(into, places, values_C, layout) -> None:
+    """Writes `values_C` into memory, as `into[places] = values_C` would; `places` are indices for each axis.
 
-    Every thread writes the values that it has. Barriers before and after it are the caller's.
+    Every thread writes the values that it has. Barriers before and after it, in shared memory, are the caller's.
     """
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, *[layout] * len(places)))
-    def store(_, into_s, values, *places):
+    def store(_, into, values, *places):
         words = ([utils.bitcast(word, word_type()) for word in array.registers.flat] for array in (values, *places))
         for value, *place in zip(*words, strict=True):
             indices = [arith.index_cast(ir.IndexType.get(), index) for index in place]
-            memref.store(utils.bitcast(value, into_s.type.element_type), into_s, indices)
+            memref.store(utils.bitcast(value, into.type.element_type), into, indices)
 
-    store(into_s, values_C, *places)
+    store(into, values_C, *places)
 
 
 def word_type() -> ir.Type:

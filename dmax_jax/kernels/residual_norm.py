@@ -26,7 +26,7 @@ def add_and_norm(
     """The sum of `x` [..., D] and parts [P, ..., D], if there are any, and its RMS norm with the weights [D].
 
     The parts are summed in float32 and rounded to the dtype of `x` before they are added. With `digits`, the third
-    result are those of the norm's rows (kernels/row_digits.py), which have no gradient, else it is None.
+    result are those of the norm's rows (kernels/row_digits.py), and nothing has a gradient; else it is None.
     """
     rows = x.size // x.shape[-1]
     plain, fused = (functools.partial(function, eps=eps) for function in (plain_add_and_norm, fused_add_and_norm))

@@ -18,7 +18,7 @@ from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import kernel, scatter
 
 AT_ONCE = 8  # times 128 rows that are counted together
-PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)  # none is needed around stores to global memory
+PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)  # those around shared memory are written out
 BY_THREAD = plgpu.Layout.TCGEN05_TMEM_NATIVE(1).reduce(1)  # every thread has one of 128 entries
 
 
@@ -97,8 +97,8 @@ def place_rows(
 ) -> tuple[jax.Array, ...]:
     """Copies rows to their places in `tiles` tiles of `tile` rows: what `Groups` has, but for what follows.
 
-    A block of threads has a row. The places of a row are followed by -1 for the experts that it did not choose. E is a
-    multiple of 128.
+    A block of threads has a row. The places of a row are followed by -1 for the experts that it did not choose. What
+    doesn't count is written behind weights and ids, by several blocks at a time. E is a multiple of 128.
     """
     (M, D), E = x_MD.shape, weights_ME.shape[1]
     starts = range(0, E, THREADS)

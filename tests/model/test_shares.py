@@ -11,7 +11,10 @@ from jax.sharding import AxisType, PartitionSpec
 from dmax_jax.config import MeshConfig
 from dmax_jax.decoding.prediction import predict
 from dmax_jax.kernels import hopper
+from dmax_jax.kernels.exchange import Inbox
 from dmax_jax.kernels.expert_choice import choose_by_counting, choose_by_ranks
+from dmax_jax.kernels.residual_norm import MAX_ROWS, add_and_norm_over
+from dmax_jax.model import shares as module
 from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.shares import AXIS, run_on_shares, shares
 from dmax_jax.model.transformer import embed, transformer, unembed
@@ -49,6 +52,26 @@ def test_parts_make_up_the_whole(config, temperature):
         np.testing.assert_array_equal(found_BT, tokens_BT)
         np.testing.assert_array_equal(found_others_BT, others_BT)
         np.testing.assert_allclose(found_confidence_BT, confidence_BT, rtol=2e-5)
+
+
+def test_every_sum_over_shares_has_the_inbox_of_the_device(monkeypatch):
+    sums = []
+
+    def by_all_reduce(axis, inbox, *rest, **digits):
+        sums.append(inbox)
+        return add_and_norm_over(axis, None, *rest, **digits)
+
+    def open_inbox(axis, rows, width):
+        return Inbox(*[jnp.full((rows,), width)] * 3)
+
+    for name, stand_in in (("is_hopper", lambda: True), ("can_norm", lambda *_: True), ("open_inbox", open_inbox)):
+        monkeypatch.setattr(module, name, stand_in)
+    monkeypatch.setattr(module, "add_and_norm_over", by_all_reduce)
+    run = functools.partial(predictions, temperature=0.0)
+    arguments = random_params(SMALL), SMALL, mesh_of_parts(2), TOKENS_BT, jax.random.split(jax.random.key(1), 2)
+    jax.jit(functools.partial(run_on_shares, run), static_argnums=(1, 2)).lower(*arguments)
+    assert len(sums) == 2 * SMALL.num_hidden_layers
+    assert all(inbox.words.shape == (MAX_ROWS,) for inbox in sums)
 
 
 def test_kernels_run_where_a_device_works_by_itself(monkeypatch):
