@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.exchange import Inbox, sum_over_devices
+from dmax_jax.kernels.device_sums import Inbox, sum_over_devices
 from dmax_jax.kernels.hopper import differentiated_as, is_hopper, kernel
 from dmax_jax.kernels.layers import rms_norm
 from dmax_jax.kernels.row_digits import BASE, LARGEST, Digits, in_digits

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.attention import block_attention, masked_attention
 from dmax_jax.kernels.decode_attention import decode_attention
-from dmax_jax.kernels.exchange import Inbox
+from dmax_jax.kernels.device_sums import Inbox
 from dmax_jax.kernels.layers import rms_norm, rotate
 from dmax_jax.kernels.projection import project_rows
 from dmax_jax.model.cache import LayerKV

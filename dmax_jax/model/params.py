@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.errors import InputError
-from dmax_jax.kernels.exchange import Inbox
+from dmax_jax.kernels.device_sums import Inbox
 from dmax_jax.kernels.quantised_weight import Weight
 from dmax_jax.sharding import Rules, named_sharding
 

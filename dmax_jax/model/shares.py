@@ -15,7 +15,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from dmax_jax.config import ModelConfig
-from dmax_jax.kernels.exchange import Inbox, open_inbox
+from dmax_jax.kernels.device_sums import Inbox, open_inbox
 from dmax_jax.kernels.hopper import is_hopper
 from dmax_jax.kernels.projection import project_rows
 from dmax_jax.kernels.quantised_weight import Weight

@@ -63,7 +63,7 @@ def also_from_registers(callbacks):
 def counting(callbacks):
     """The interpreter's part for inline code: what orders blocks, or goes from one's to another's, and the rest.
 
-    That is `signal`, `wait_for` and `scatter` of `hopper.py`, what `exchange.py` moves, all of `clusters.py`,
+    That is `signal`, `wait_for` and `scatter` of `hopper.py`, what `device_sums.py` moves, all of `clusters.py`,
     where what is counted are the bytes that have come and were expected, conversions, and sums within warps.
     """
     from jax._src import callback

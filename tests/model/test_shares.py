@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from dmax_jax.config import MeshConfig
 from dmax_jax.decoding.prediction import predict
 from dmax_jax.kernels import hopper
-from dmax_jax.kernels.exchange import Inbox
+from dmax_jax.kernels.device_sums import Inbox
 from dmax_jax.kernels.expert_choice import choose_by_counting, choose_by_ranks
 from dmax_jax.kernels.residual_norm import MAX_ROWS, add_and_norm_over
 from dmax_jax.model import shares as module

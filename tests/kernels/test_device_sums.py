@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from dmax_jax.kernels.exchange import Inbox, zeros
+from dmax_jax.kernels.device_sums import Inbox, zeros
 from dmax_jax.kernels.residual_norm import add_and_norm_over, fused_add_and_norm, plain_add_and_norm
 from dmax_jax.kernels.row_digits import in_digits
 from tests.kernels.interpreter import interpreted, needs_interpreter
