@@ -32,7 +32,7 @@ def one_program(monkeypatch):
     All get the arrays of the largest, and a config that doesn't name the case's end token: that comes beside it.
     """
     largest = Geometry(prefill=16, block_length=8, blocks=6)
-    generate = batch.generate
+    generate = batch.generate_for(1, 8)
 
     def enlarge(**sizes) -> Geometry:
         own = Geometry(**sizes)
@@ -45,7 +45,7 @@ def one_program(monkeypatch):
         return generate.lower(*arrays, config=dataclasses.replace(config, eos_token_id=0), **rest)
 
     monkeypatch.setattr(batch, "Geometry", enlarge)
-    monkeypatch.setattr(batch, "generate", types.SimpleNamespace(lower=lower))
+    monkeypatch.setattr(batch, "generate_for", lambda *_, **__: types.SimpleNamespace(lower=lower))
 
 
 def run(*arguments) -> None:
@@ -326,7 +326,7 @@ def test_bad_flags_end_before_the_model_is_loaded(arguments, culprit, capsys, mo
     ],
 )
 def test_what_does_not_fit_the_model_ends_before_decoding(arguments, culprit, capsys, monkeypatch):
-    monkeypatch.setattr(batch, "generate", types.SimpleNamespace(lower=lambda *_, **__: pytest.fail("decoded")))
+    monkeypatch.setattr(batch, "generate_for", lambda *_, **__: pytest.fail("decoded"))
     assert culprit in error_of(capsys, TINY, *arguments.split())
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dmax_jax.config import ModelConfig
-from dmax_jax.decoding.generate import Generation, Geometry, generate, generate_deterministically
+from dmax_jax.decoding.generate import Generation, Geometry, generate_for
 from dmax_jax.decoding.policies import Policy
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Params
@@ -152,7 +152,7 @@ def _decode_batch(
     mesh = mesh_of(params.embed)
     static = {"geometry": geometry, "config": config, "trace": settings.trace, "on_blocks": on_blocks, "mesh": mesh}
     # Compiled ahead, so that the time below is decoding alone; a known shape comes from jit's own cache.
-    function = generate_deterministically if settings.deterministic else generate
+    function = generate_for(size, W, deterministic=settings.deterministic)
     compiled = function.lower(params, prompt_BP, length_B, keys_B, **dynamic, **static).compile()
     start = time.perf_counter()
     generation = jax.block_until_ready(compiled(params, prompt_BP, length_B, keys_B, **dynamic))

@@ -11,8 +11,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.attention import NEG_INF, masked_attention
 from dmax_jax.kernels.clusters import counter, expect, give, leave, wait_for_all
-from dmax_jax.kernels.hopper import ROWS, is_hopper, kernel, multiprocessors, shared_tile, stages_that_fit
+from dmax_jax.kernels.hopper import ROWS, is_hopper, multiprocessors, shared_tile, stages_that_fit
 from dmax_jax.kernels.layers import rms_norm, rotate
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 
 MAX_PARTS = 8  # blocks of threads in a cluster
 NARROW = 8  # columns of the narrowest tile that a block can give to others
@@ -92,6 +93,7 @@ def fused_decode_attention(
     eps: float,
     parts: int | None = None,
     interpret=False,
+    overlap=False,
 ) -> tuple[jax.Array, jax.Array]:
     """`decode_attention` in one kernel for a Hopper GPU.
 
@@ -131,6 +133,7 @@ def fused_decode_attention(
     ):  # fmt: skip
         row, group, part = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("part")
         head = lax.div(group * together, N // K)  # of keys and values
+        wait_for_earlier(overlap, let_next_start=False)
         limit, sees_back = seen[row], sees_previous[row]
         count = pl.cdiv(limit, ROWS)  # tiles of cached keys
         own = jnp.minimum(count, parts - 1)  # where the new keys' tile stands among them: as the first of a block
@@ -241,6 +244,7 @@ def fused_decode_attention(
             plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), by_row),
         )
         acc, top, total = lax.fori_loop(0, turns, attend, start)
+        start_next(overlap)
         total = jnp.maximum(total, SMALLEST)  # 0 if this block has no tiles
         joined = acc * over(1 / total, H)
         if parts > 1:

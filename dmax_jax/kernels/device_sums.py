@@ -18,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 
-from dmax_jax.kernels.hopper import kernel, word_type
+from dmax_jax.kernels.hopper import word_type
+from dmax_jax.kernels.program import kernel, wait_for_earlier
 
 
 @struct.dataclass
@@ -48,11 +49,12 @@ def open_inbox(axis: str, rows: int, width: int) -> Inbox:
 
 
 @kernel("shape")
-def zeros(shape: tuple[int, ...], *, interpret=False) -> jax.Array:
+def zeros(shape: tuple[int, ...], *, interpret=False, overlap=False) -> jax.Array:
     """Of 32 bits; those that XLA makes it may have in several places, or make again."""
     rows, width = math.prod(shape[:-1]), shape[-1]
 
     def body(out):
+        wait_for_earlier(overlap)
         out.at[lax.axis_index("row")][...] = jnp.zeros((width,), jnp.int32)
 
     out_type = jax.ShapeDtypeStruct((rows, width), jnp.int32)

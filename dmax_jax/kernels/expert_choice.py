@@ -9,7 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dmax_jax.kernels.hopper import ROWS, differentiated_as, filled_up, is_hopper, kernel, scatter
+from dmax_jax.kernels.hopper import ROWS, differentiated_as, filled_up, is_hopper, scatter
+from dmax_jax.kernels.program import kernel, wait_for_earlier
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
 MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every 64
@@ -69,7 +70,7 @@ def choice_of(weights_ME: jax.Array) -> Choice:
 
 @kernel("groups", "kept_groups", "experts_per_row", "scale")
 def choose_by_counting(
-    logits_ME, bias, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False
+    logits_ME, bias, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False, overlap=False
 ) -> Choice:
     """`choose_experts` in one kernel: a block of threads per row compares all pairs of experts.
 
@@ -135,6 +136,7 @@ def choose_by_counting(
             first = warpgroup * together
             at_C = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
             bias_C = load((bias.at[row] if len(bias.shape) == 2 else bias).at[own], by_row)
+            wait_for_earlier(overlap)
             score_C = 1 / (1 + jnp.exp(-load(logits.at[row, own], by_row)))
             own_C = score_C + bias_C
             scatter(biased_s, (first + lax.div(at_C, N), lax.rem(at_C, N)), own_C, by_row)

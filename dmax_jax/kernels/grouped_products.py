@@ -26,13 +26,14 @@ from dmax_jax.kernels.expert_tiles import (
     stage_depth,
     write_hidden,
 )
-from dmax_jax.kernels.hopper import ROWS, Stream, kernel, shared_tile
+from dmax_jax.kernels.hopper import ROWS, Stream, shared_tile
+from dmax_jax.kernels.program import kernel, wait_for_earlier
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.row_groups import Tiles
 
 
 @kernel("blocks")
-def tile_hidden(x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: int, interpret=False) -> jax.Array:
+def tile_hidden(x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: int, interpret=False, overlap=False) -> jax.Array:
     """silu(gate x) * (up x) * weight for every tile and its expert: [T + S, R, F].
 
     `matrices` are gate and up, each of the routed experts and of the shared one. Without the latter, `x_MD` is None.
@@ -46,6 +47,7 @@ def tile_hidden(x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: in
 
     def body(x, rows, matrices, tiles, weights, out, rows_s, weights_s, full, empty, exchanged):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        wait_for_earlier(overlap)
         order = Order(tiles, T, shared_tiles, E)
         own = pl.cdiv(order.count * features - block, blocks)
         stream = Stream(full, empty, stages)
@@ -116,7 +118,7 @@ def tile_hidden(x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: in
 
 
 @kernel("blocks", "routed_tiles")
-def tile_outputs(hidden_TRF, down, tiles: Tiles, *, routed_tiles: int, blocks: int, interpret=False) -> jax.Array:
+def tile_outputs(hidden_TRF, down, tiles: Tiles, *, routed_tiles: int, blocks: int, interpret=False, overlap=False) -> jax.Array:
     """down hidden for every tile and its expert: [T + S, R, D].
 
     `down` is that of the routed experts and the shared one's, if that is one more. T is `routed_tiles`.
@@ -141,14 +143,19 @@ def tile_outputs(hidden_TRF, down, tiles: Tiles, *, routed_tiles: int, blocks: i
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
-            def load(step, slot, barrier):
-                columns = pl.ds(lax.rem(step, steps) * depth, depth)
+            def columns_of(step):
+                return pl.ds(lax.rem(step, steps) * depth, depth)
+
+            def load_weights(step, slot, barrier):
                 for half in range(WARPGROUPS):
                     found, channels = place(lax.div(step, steps), half)
-                    found.fetch(down, channels, columns, weights_s.at[half, slot], barrier)
-                plgpu.copy_gmem_to_smem(hidden.at[found.stands, :, columns], rows_s.at[slot], barrier)
+                    found.fetch(down, channels, columns_of(step), weights_s.at[half, slot], barrier)
 
-            stream.fill(own * steps, load)
+            def load_rows(step, slot, barrier):
+                found, _ = place(lax.div(step, steps), 0)
+                plgpu.copy_gmem_to_smem(hidden.at[found.stands, :, columns_of(step)], rows_s.at[slot], barrier)
+
+            stream.fill(own * steps, load_rows, early=load_weights, wait=lambda: wait_for_earlier(overlap))
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():

@@ -44,14 +44,6 @@ def has_hopper() -> bool:
     return is_one
 
 
-def kernel(*settings: str):
-    """Decorates a function around a kernel: with the same settings and shapes it is lowered and compiled once.
-
-    Without that, every layer would have one of its own. `settings` are static arguments, beside `interpret`.
-    """
-    return functools.partial(jax.jit, static_argnames=(*settings, "interpret"))
-
-
 @functools.cache
 def multiprocessors() -> int:
     """Blocks of threads that run at once, one per multiprocessor."""
@@ -92,8 +84,18 @@ class Stream:
     def __init__(self, full, empty, stages: int):
         self.full, self.empty, self.stages = full, empty, stages
 
-    def fill(self, steps, load) -> None:
-        """Calls `load(step, slot, barrier)` for every step once its buffer is free, and waits for the last use."""
+    def fill(self, steps, load, *, early=lambda step, slot, barrier: None, wait=lambda: None) -> None:
+        """Calls `load(step, slot, barrier)` for every step once its buffer is free, and waits for the last use.
+
+        It first calls `wait()`, and before that, for the first steps, `early(step, slot, barrier)`, which is called for
+        the others where `load` is.
+        """
+
+        @pl.loop(0, jnp.minimum(steps, self.stages))
+        def _fill_early(step):
+            early(step, step, self.full.at[step])
+
+        wait()
 
         @pl.loop(0, steps)
         def _fill(step):
@@ -102,6 +104,7 @@ class Stream:
             @pl.when(step >= self.stages)
             def _wait():
                 plgpu.barrier_wait(self.empty.at[slot])
+                early(step, slot, self.full.at[slot])
 
             load(step, slot, self.full.at[slot])
 

@@ -14,11 +14,11 @@ from dmax_jax.kernels.hopper import (
     differentiated_as,
     filled_up,
     is_hopper,
-    kernel,
     multiprocessors,
     shared_tile,
     stages_that_fit,
 )
+from dmax_jax.kernels.program import kernel, wait_for_earlier
 from dmax_jax.kernels.quantised_tiles import multiply, values_of
 from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, Weight, project
 
@@ -80,6 +80,7 @@ def streamed_product(
     dtype: jnp.dtype | None = None,
     parts: int | None = None,
     interpret=False,
+    overlap=False,
 ) -> jax.Array:
     """`project_rows` of at most 128 rows on a Hopper GPU: [M, F].
 
@@ -105,14 +106,20 @@ def streamed_product(
         tile, part = lax.axis_index("tile"), lax.axis_index("part")
         features, own_rows = pl.ds(tile * ROWS, ROWS), pl.ds(part * share, share)
 
-        def fetch(step):
-            slot, columns = lax.rem(step, stages), pl.ds((part * steps + step) * DEPTH, DEPTH)
+        def place(step):
+            return lax.rem(step, stages), pl.ds((part * steps + step) * DEPTH, DEPTH)
+
+        def fetch_weight(step):
+            slot, columns = place(step)
             plgpu.copy_gmem_to_smem(values_of(weight).at[features, columns], weight_s.at[slot], full.at[slot])
+
+        def fetch_rows(step):
+            slot, columns = place(step)
             plgpu.copy_gmem_to_smem(x.at[:, columns], x_s.at[slot], full.at[slot])
 
-        @pl.loop(0, stages)
-        def _fetch_first(step):
-            fetch(step)
+        pl.loop(0, stages)(fetch_weight)
+        wait_for_earlier(overlap)
+        pl.loop(0, stages)(fetch_rows)
 
         if residual is not None:  # loaded while the first stages are on their way
             residual_FM = load(residual.at[own_rows, features].transpose((1, 0)), turned)
@@ -129,7 +136,8 @@ def streamed_product(
                 @pl.when(step + stages < steps)
                 def _next():
                     plgpu.wgmma_wait(0)
-                    fetch(step + stages)
+                    fetch_weight(step + stages)
+                    fetch_rows(step + stages)
 
             return total[...]
 

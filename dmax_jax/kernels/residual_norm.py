@@ -11,11 +11,13 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.device_sums import Inbox, sum_over_devices
-from dmax_jax.kernels.hopper import differentiated_as, is_hopper, kernel
+from dmax_jax.kernels.hopper import differentiated_as, is_hopper
 from dmax_jax.kernels.layers import rms_norm
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 from dmax_jax.kernels.row_digits import BASE, LARGEST, Digits, in_digits
 
-MAX_ROWS = 128
+MAX_ROWS = 4096  # more are prefills and trainings, of which XLA's programs are a smaller part
+EXCHANGED_ROWS = 128  # of which devices may tell each other
 AT_ONCE = 4  # neighbouring entries that a thread loads
 WIDTH = 128 * AT_ONCE  # entries that a warpgroup loads
 
@@ -30,7 +32,7 @@ def add_and_norm(
     """
     rows = x.size // x.shape[-1]
     plain, fused = (functools.partial(function, eps=eps) for function in (plain_add_and_norm, fused_add_and_norm))
-    if not (is_hopper() and suits(x.dtype, rows, x.shape[-1]) and (digits or parts is not None)):
+    if not (is_hopper() and suits(x.dtype, rows, x.shape[-1])):
         return plain(x, parts, weight, digits=digits)
     x_MD = x.reshape(rows, -1)
     parts_PMD = None if parts is None else parts.reshape(-1, *x_MD.shape)
@@ -56,7 +58,7 @@ def add_and_norm_over(
     What a device has is summed first, and the sums, of the dtype of `x`, after that. It has no gradient.
     """
     rows = x.size // x.shape[-1]
-    if inbox is None or not suits(x.dtype, rows, x.shape[-1]):
+    if inbox is None or rows > EXCHANGED_ROWS or not suits(x.dtype, rows, x.shape[-1]):
         whole = lax.psum(joined_parts(parts, x.dtype), axis)
         return add_and_norm(x, whole[None], weight, eps, digits=digits)
     x_MD = x.reshape(rows, -1)
@@ -82,7 +84,7 @@ def suits(dtype: jnp.dtype, rows: int, width: int) -> bool:
     return dtype == jnp.bfloat16 and rows <= MAX_ROWS and width % WIDTH == 0
 
 
-def norm_row(row, x, parts, weight, inbox, normal, total, digits, *, eps: float) -> None:
+def norm_row(row, x, parts, weight, inbox, normal, total, digits, *, eps: float, overlap: bool) -> None:
     """What a block of threads makes of a row: `normal[row]`, and `total[row]` and digits where there are such.
 
     With an inbox, other devices have parts too.
@@ -96,7 +98,9 @@ def norm_row(row, x, parts, weight, inbox, normal, total, digits, *, eps: float)
     def rounded(value):
         return value.astype(dtype).astype(jnp.float32)
 
-    weight_D, sum_D = load(weight), load(x.at[row])
+    weight_D = load(weight)
+    wait_for_earlier(overlap, let_next_start=False)
+    sum_D = load(x.at[row])
     if parts is not None:
         added_D = sum(load(parts.at[part, row]) for part in range(parts.shape[0]))
         if inbox is not None:
@@ -104,7 +108,9 @@ def norm_row(row, x, parts, weight, inbox, normal, total, digits, *, eps: float)
             added_D = sum_over_devices(added_D.astype(dtype), inbox, row, number, layout)
         sum_D = rounded(sum_D + rounded(added_D))
         total[row] = sum_D.astype(dtype)
-    normal_D = rounded(sum_D * lax.rsqrt(jnp.sum(sum_D * sum_D) * (1 / D) + eps))
+    squares = jnp.sum(sum_D * sum_D)
+    start_next(overlap)
+    normal_D = rounded(sum_D * lax.rsqrt(squares * (1 / D) + eps))
     normal_D = rounded(normal_D * weight_D)
     normal[row] = normal_D.astype(dtype)
     if digits is not None:
@@ -128,12 +134,13 @@ def fused_add_and_norm(
     eps: float,
     digits: bool = False,
     interpret=False,
+    overlap=False,
 ):
     """`add_and_norm` of few rows [M, D] on a Hopper GPU, or `add_and_norm_over`: a block of threads has a row."""
     (M, D), dtype = x_MD.shape, x_MD.dtype
 
     def body(*refs):
-        norm_row(lax.axis_index("row"), *refs, eps=eps)
+        norm_row(lax.axis_index("row"), *refs, eps=eps, overlap=overlap)
 
     rows_type = jax.ShapeDtypeStruct((M, D), dtype)
     digits_type = Digits(jax.ShapeDtypeStruct((2 * M, D), jnp.int8), jax.ShapeDtypeStruct((M,), jnp.float32))

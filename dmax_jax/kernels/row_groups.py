@@ -15,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.active_experts import THREADS, WARP, sum_in_warp
 from dmax_jax.kernels.expert_choice import Choice
-from dmax_jax.kernels.hopper import kernel, scatter
+from dmax_jax.kernels.hopper import scatter
+from dmax_jax.kernels.program import kernel, wait_for_earlier
 
 AT_ONCE = 8  # times 128 rows that are counted together
 PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)  # those around shared memory are written out
@@ -59,7 +60,7 @@ def group_rows(x_MD: jax.Array, choice: Choice, tile: int, *, experts_per_row: i
 
 
 @kernel()
-def count_rows(columns_EM, *, interpret=False) -> tuple[jax.Array, jax.Array]:
+def count_rows(columns_EM, *, interpret=False, overlap=False) -> tuple[jax.Array, jax.Array]:
     """For every row how many rows before it have a weight above 0 in the expert [E, M], and how many have one [E].
 
     A block of threads has an expert; M is a multiple of 128.
@@ -69,6 +70,7 @@ def count_rows(columns_EM, *, interpret=False) -> tuple[jax.Array, jax.Array]:
 
     def body(columns, ranks, counts, upto_s):
         expert = lax.axis_index("column")
+        wait_for_earlier(overlap)
 
         def count(step, before):
             starts = [(step * together + number) * THREADS for number in range(together)]
@@ -93,7 +95,7 @@ def count_rows(columns_EM, *, interpret=False) -> tuple[jax.Array, jax.Array]:
 
 @kernel("tiles", "tile", "experts_per_row")
 def place_rows(
-    x_MD, weights_ME, ranks_EM, counts_E, *, tiles: int, tile: int, experts_per_row: int, interpret=False
+    x_MD, weights_ME, ranks_EM, counts_E, *, tiles: int, tile: int, experts_per_row: int, interpret=False, overlap=False
 ) -> tuple[jax.Array, ...]:
     """Copies rows to their places in `tiles` tiles of `tile` rows: what `Groups` has, but for what follows.
 
@@ -107,6 +109,7 @@ def place_rows(
 
     def body(x, weights, ranks, counts, rows, placed_weights, ids, upto, places, upto_s, list_s):
         row = lax.axis_index("row")
+        wait_for_earlier(overlap)
         own_row = jnp.minimum(row, M - 1)
         x_D = plgpu.load(x.at[own_row], layout=strided, optimized=False)  # all that it needs is on its way at once
         own_counts = [load(counts, pl.ds(start, THREADS)) for start in starts]

@@ -35,7 +35,8 @@ from dmax_jax.kernels.expert_tiles import (
     suits_kernels,
     write_hidden,
 )
-from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, kernel, multiprocessors, signal, wait_for
+from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, multiprocessors, signal, wait_for
+from dmax_jax.kernels.program import kernel, wait_for_earlier
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
 from dmax_jax.kernels.row_digits import MOST_ROWS, Digits, in_digits, joined
@@ -79,7 +80,7 @@ def multiplies_digits(rows: int, experts: Matrices) -> bool:
 
 @kernel("blocks", "dtype")
 def expert_sums(
-    rows, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, dtype: jnp.dtype, interpret=False
+    rows, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, dtype: jnp.dtype, interpret=False, overlap=False
 ) -> jax.Array:
     """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 
@@ -112,6 +113,7 @@ def expert_sums(
         rows_s, x_s = rows_s if isinstance(x, Digits) else (rows_s, rows_s)  # of down, of gate and up
         x, largest = (x.values, x.largest) if isinstance(x, Digits) else (x, None)
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        wait_for_earlier(overlap)
         exchanged, listing = others[:-4], SharedList(WARPGROUPS, *others[-4:])
         pl.when(warpgroup < WARPGROUPS)(lambda: listing.make(weights))
         count, ids = listing.wait(), listing.ids

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from dmax_jax.config import ModelConfig
-from dmax_jax.decoding.generate import Generation, Geometry, generate
+from dmax_jax.decoding.generate import Generation, Geometry, generate_for
 from dmax_jax.decoding.policies import SpdPolicy
 from dmax_jax.errors import InputError
 from dmax_jax.model.params import Moe, Params
@@ -142,7 +142,7 @@ def compile_decoding(
         "count_experts": count_experts,
         "mesh": mesh_of(params.embed),
     }
-    compiled = generate.lower(*arguments, gen_length=np.int32(W), **dynamic, **static).compile()
+    compiled = generate_for(B, W).lower(*arguments, gen_length=np.int32(W), **dynamic, **static).compile()
     return lambda blocks: compiled(*arguments, gen_length=np.int32(W * blocks), **dynamic)
 
 

@@ -12,7 +12,7 @@ from dmax_jax.kernels.layers import rotary_angles, swiglu
 from dmax_jax.kernels.quantised_weight import project_to_float32
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
-from dmax_jax.model.masks import Visible
+from dmax_jax.model.masks import CachedBlocks, Visible
 from dmax_jax.model.moe import moe, wants_digits
 from dmax_jax.model.params import Layer, Moe, Params
 from dmax_jax.model.shares import add_and_norm_over_shares
@@ -44,6 +44,8 @@ def transformer(
     """
     x_BTD = x_BTD.astype(params.embed.dtype)
     angles = rotary_angles(positions_BT, config.rotary_dim, config.rope_theta)
+    if isinstance(visible, CachedBlocks):  # angles are made before the first layer and don't interrupt it
+        x_BTD, angles = jax.lax.optimization_barrier((x_BTD, angles))
     kv, loads, parts = [], [], None  # parts of what the last layer adds
     with exact_products(x_BTD.dtype):
         for index, layer in enumerate(params.layers):

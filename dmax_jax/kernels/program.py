@@ -1,0 +1,70 @@
+"""A kernel as a program on the device: compiled once for all layers, and started while the one before it ends.
+
+Where `overlapping`, a kernel's blocks of threads may stand ready, their weights on their way, before the program before
+has finished ("programmatic dependent launch"). Each lets the next one start only after it has waited itself. So when it
+starts, all but the one before it have finished, and until it has waited, it may read what is two programs old.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Iterator
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+_overlapping = contextvars.ContextVar("overlapping", default=False)
+
+
+@contextlib.contextmanager
+def overlapping() -> Iterator[None]:
+    """Kernels that are traced within start before the program before them has ended.
+
+    That needs weights to be two programs old, as those are that come from outside a loop. XLA must not put the kernels
+    into CUDA graphs, where each of them waits for the one before.
+    """
+    token = _overlapping.set(True)
+    try:
+        yield
+    finally:
+        _overlapping.reset(token)
+
+
+def kernel(*settings: str):
+    """Decorates a function around a kernel: with the same settings and shapes it is lowered and compiled once.
+
+    Without that, every layer would have one of its own. `settings` are static arguments, beside `interpret` and
+    `overlap`, whether it starts early, which is not given by callers.
+    """
+
+    def decorate(function):
+        compiled = jax.jit(function, static_argnames=(*settings, "interpret", "overlap"))
+
+        @functools.wraps(function)
+        def call(*arguments, **named):
+            return compiled(*arguments, **named, overlap=_overlapping.get() and not named.get("interpret"))
+
+        call.clear_cache = compiled.clear_cache
+        return call
+
+    return decorate
+
+
+def wait_for_earlier(overlap: bool, *, let_next_start: bool = True) -> None:
+    """Within a kernel that starts early: waits until all programs before it have finished, then lets the next one start.
+
+    Every block of threads has to, and every warpgroup that reads or writes global memory, before it does.
+    """
+    if overlap:
+        plgpu.griddepcontrol_wait()
+    if let_next_start:
+        start_next(overlap)
+
+
+def start_next(overlap: bool) -> None:
+    """Lets the next program start: where that fetches weights at once, not before this one has got what it needs.
+
+    Only after `wait_for_earlier`, by any warpgroup of a block, and by every block unless it ends.
+    """
+    if overlap:
+        plgpu.griddepcontrol_launch_dependents()
