@@ -102,7 +102,6 @@ def generate_for(batch_size: int, block_length: int, *, deterministic: bool = Fa
     options = compiler_options(deterministic)
     if overlaps(batch_size, block_length):  # in a CUDA graph, no kernel starts before the one before it has ended
         options["xla_gpu_enable_command_buffer"] = "FUSION,CUBLAS,CUBLASLT,CUDNN,DYNAMIC_SLICE_FUSION"
-        options["xla_gpu_graph_min_graph_size"] = 3
     return jax.jit(generate.__wrapped__, static_argnames=STATIC, compiler_options=options) if options else generate
 
 

@@ -70,7 +70,15 @@ def choice_of(weights_ME: jax.Array) -> Choice:
 
 @kernel("groups", "kept_groups", "experts_per_row", "scale")
 def choose_by_counting(
-    logits_ME, bias, *, groups: int, kept_groups: int, experts_per_row: int, scale: float, interpret=False, overlap=False
+    logits_ME,
+    bias,
+    *,
+    groups: int,
+    kept_groups: int,
+    experts_per_row: int,
+    scale: float,
+    interpret=False,
+    overlap=False,
 ) -> Choice:
     """`choose_experts` in one kernel: a block of threads per row compares all pairs of experts.
 

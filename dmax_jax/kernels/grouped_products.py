@@ -33,7 +33,9 @@ from dmax_jax.kernels.row_groups import Tiles
 
 
 @kernel("blocks")
-def tile_hidden(x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: int, interpret=False, overlap=False) -> jax.Array:
+def tile_hidden(
+    x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: int, interpret=False, overlap=False
+) -> jax.Array:
     """silu(gate x) * (up x) * weight for every tile and its expert: [T + S, R, F].
 
     `matrices` are gate and up, each of the routed experts and of the shared one. Without the latter, `x_MD` is None.
@@ -118,7 +120,9 @@ def tile_hidden(x_MD, rows_TRD, matrices, tiles: Tiles, weights_P, *, blocks: in
 
 
 @kernel("blocks", "routed_tiles")
-def tile_outputs(hidden_TRF, down, tiles: Tiles, *, routed_tiles: int, blocks: int, interpret=False, overlap=False) -> jax.Array:
+def tile_outputs(
+    hidden_TRF, down, tiles: Tiles, *, routed_tiles: int, blocks: int, interpret=False, overlap=False
+) -> jax.Array:
     """down hidden for every tile and its expert: [T + S, R, D].
 
     `down` is that of the routed experts and the shared one's, if that is one more. T is `routed_tiles`.

@@ -1,8 +1,8 @@
 """A kernel as a program on the device: compiled once for all layers, and started while the one before it ends.
 
 Where `overlapping`, a kernel's blocks of threads may stand ready, their weights on their way, before the program before
-has finished ("programmatic dependent launch"). Each lets the next one start only after it has waited itself. So when it
-starts, all but the one before it have finished, and until it has waited, it may read what is two programs old.
+has ended ("programmatic dependent launch"). Each lets the next one start only after it has waited itself. So what the
+last kernel has waited for is complete when the next one starts, and that alone may be read before waiting: weights.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ _overlapping = contextvars.ContextVar("overlapping", default=False)
 def overlapping() -> Iterator[None]:
     """Kernels that are traced within start before the program before them has ended.
 
-    That needs weights to be two programs old, as those are that come from outside a loop. XLA must not put the kernels
-    into CUDA graphs, where each of them waits for the one before.
+    For a loop whose weights come from outside: weights that a program makes just before could be read too early. XLA must
+    not put the kernels into CUDA graphs, where each of them waits for the one before.
     """
     token = _overlapping.set(True)
     try:
@@ -51,7 +51,7 @@ def kernel(*settings: str):
 
 
 def wait_for_earlier(overlap: bool, *, let_next_start: bool = True) -> None:
-    """Within a kernel that starts early: waits until all programs before it have finished, then lets the next one start.
+    """Within a kernel that starts early: waits until all programs before it have ended, then lets the next one start.
 
     Every block of threads has to, and every warpgroup that reads or writes global memory, before it does.
     """

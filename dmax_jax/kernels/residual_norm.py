@@ -101,16 +101,16 @@ def norm_row(row, x, parts, weight, inbox, normal, total, digits, *, eps: float,
     weight_D = load(weight)
     wait_for_earlier(overlap, let_next_start=False)
     sum_D = load(x.at[row])
+    own = [] if parts is None else [load(parts.at[part, row]) for part in range(parts.shape[0])]
+    start_next(overlap)
     if parts is not None:
-        added_D = sum(load(parts.at[part, row]) for part in range(parts.shape[0]))
+        added_D = sum(own)
         if inbox is not None:
             number = inbox.rounds[row] + 1
             added_D = sum_over_devices(added_D.astype(dtype), inbox, row, number, layout)
         sum_D = rounded(sum_D + rounded(added_D))
         total[row] = sum_D.astype(dtype)
-    squares = jnp.sum(sum_D * sum_D)
-    start_next(overlap)
-    normal_D = rounded(sum_D * lax.rsqrt(squares * (1 / D) + eps))
+    normal_D = rounded(sum_D * lax.rsqrt(jnp.sum(sum_D * sum_D) * (1 / D) + eps))
     normal_D = rounded(normal_D * weight_D)
     normal[row] = normal_D.astype(dtype)
     if digits is not None:

@@ -80,7 +80,17 @@ def multiplies_digits(rows: int, experts: Matrices) -> bool:
 
 @kernel("blocks", "dtype")
 def expert_sums(
-    rows, experts, shared, weights_ML, columns_EM, zeros_E, *, blocks: int, dtype: jnp.dtype, interpret=False, overlap=False
+    rows,
+    experts,
+    shared,
+    weights_ML,
+    columns_EM,
+    zeros_E,
+    *,
+    blocks: int,
+    dtype: jnp.dtype,
+    interpret=False,
+    overlap=False,
 ) -> jax.Array:
     """Sums the weighted SwiGLU outputs of the active experts and the shared one, in P parts to be added: [P, M, D].
 

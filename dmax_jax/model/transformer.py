@@ -8,13 +8,14 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
-from dmax_jax.kernels.layers import rotary_angles, swiglu
+from dmax_jax.kernels.layers import rotary_angles
+from dmax_jax.kernels.projection import project_rows
 from dmax_jax.kernels.quantised_weight import project_to_float32
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import CachedBlocks, Visible
 from dmax_jax.model.moe import moe, wants_digits
-from dmax_jax.model.params import Layer, Moe, Params
+from dmax_jax.model.params import Layer, Mlp, Moe, Params
 from dmax_jax.model.shares import add_and_norm_over_shares
 
 
@@ -72,8 +73,14 @@ def _layer(x_BTD, parts: jax.Array | None, layer: Layer, angles, visible, cached
         if is_sparse:
             parts, load_E = moe(normal_BTD, digits, layer.mlp, config)
         else:
-            parts, load_E = swiglu(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None], None
+            parts, load_E = feed_forward(normal_BTD, layer.mlp)[None], None
         return x_BTD, parts, new, load_E
+
+
+def feed_forward(x: jax.Array, weights: Mlp) -> jax.Array:
+    """SwiGLU: [..., D] -> [..., D]."""
+    hidden = jax.nn.silu(project_rows(x, weights.gate)) * project_rows(x, weights.up)
+    return project_rows(hidden, weights.down)
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

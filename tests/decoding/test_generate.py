@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmax_jax.decoding import generate as generate_module
 from dmax_jax.decoding.batch import DecodeSettings, decode_prompts
 from dmax_jax.decoding.block import enter_block
-from dmax_jax.decoding.generate import STEPS, embed_block, read_logits
+from dmax_jax.decoding.generate import STEPS, embed_block, generate_for, read_logits
 from dmax_jax.decoding.policies import CreditPolicy, HierarchicalPolicy, SpdPolicy, ThresholdPolicy
 from dmax_jax.decoding_flags import parse_mesh
 from dmax_jax.model.masks import block_causal_mask
@@ -205,3 +206,14 @@ def test_a_block_gets_no_more_forwards_than_allowed_and_no_mask_stays(params, na
     assert all(MASK not in answer.token_ids for answer in limited)
     unlimited = decode(params, slow.replace(max_steps=WIDTH + 5))
     assert [answer.token_ids for answer in unlimited] == [answer.token_ids for answer in answers]
+
+
+@pytest.mark.parametrize(("rows", "early"), [(2, True), (3, False)])
+def test_kernels_of_few_positions_stay_out_of_graphs(monkeypatch, rows, early):
+    asked = []
+    monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options) or function)
+    monkeypatch.setattr(generate_module, "has_hopper", lambda: True)
+    generate_for.__wrapped__(rows, 32, deterministic=True)
+    options = asked[-1]["compiler_options"]
+    assert options["xla_gpu_deterministic_ops"]
+    assert ("CUSTOM_CALL" not in options.get("xla_gpu_enable_command_buffer", "CUSTOM_CALL")) == early
