@@ -20,7 +20,7 @@ _overlapping = contextvars.ContextVar("overlapping", default=False)
 def overlapping() -> Iterator[None]:
     """Kernels that are traced within start before the program before them has ended.
 
-    For a loop whose weights come from outside: weights that a program makes just before could be read too early. XLA must
+    For a loop whose weights come from outside: what a program makes just before could be read too early. XLA must
     not put the kernels into CUDA graphs, where each of them waits for the one before.
     """
     token = _overlapping.set(True)
