@@ -11,7 +11,7 @@ from dmax_jax.checkpoint.layout import load_checkpoint
 from dmax_jax.checkpoint.store import save_model
 from dmax_jax.data.tokenizer import load_tokenizer
 from dmax_jax.decoding import batch
-from dmax_jax.decoding.generate import Geometry
+from dmax_jax.decoding.generate import Geometry, generate
 from dmax_jax.model.quantisation import quantise_params
 from tests.conftest import GOLDEN
 from tests.evaluation.random_model import write_random_model
@@ -32,7 +32,6 @@ def one_program(monkeypatch):
     All get the arrays of the largest, and a config that doesn't name the case's end token: that comes beside it.
     """
     largest = Geometry(prefill=16, block_length=8, blocks=6)
-    generate = batch.generate_for(1, 8)
 
     def enlarge(**sizes) -> Geometry:
         own = Geometry(**sizes)

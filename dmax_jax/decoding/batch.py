@@ -152,7 +152,7 @@ def _decode_batch(
     mesh = mesh_of(params.embed)
     static = {"geometry": geometry, "config": config, "trace": settings.trace, "on_blocks": on_blocks, "mesh": mesh}
     # Compiled ahead, so that the time below is decoding alone; a known shape comes from jit's own cache.
-    function = generate_for(size, W, deterministic=settings.deterministic)
+    function = generate_for(params, size, W, deterministic=settings.deterministic)
     compiled = function.lower(params, prompt_BP, length_B, keys_B, **dynamic, **static).compile()
     start = time.perf_counter()
     generation = jax.block_until_ready(compiled(params, prompt_BP, length_B, keys_B, **dynamic))

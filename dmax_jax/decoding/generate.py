@@ -80,15 +80,18 @@ def generate(
     count_experts: bool = False,
     on_blocks: BlockListener | None = None,
     mesh: Mesh | None = None,
+    overlap: bool = False,
 ) -> Generation:
     """Decodes every row's answer of `gen_length` tokens, rounded up to whole blocks (paper, section 3.3).
 
     `prompt_BP` is padded to P = geometry.prefill + block_length; a row of length 0 is padding and decodes nothing. The
     outcome of a row depends on its own prompt and key alone. `on_blocks` is called on the host after every forward in
     which a row has left its block, with what that block holds; the calls may come late, but never before its tokens.
-    With a `mesh`, every one of its devices does it all with its share of the model.
+    With a `mesh`, every one of its devices does it all with its share of the model. With `overlap`, kernels start while
+    those before them end (kernels/program.py), which must then be left out of CUDA graphs.
     """
     static = {"geometry": geometry, "trace": trace, "count_experts": count_experts, "on_blocks": on_blocks}
+    static["overlap"] = overlap
     decode = functools.partial(decode_rows, **static)
     dynamic = prompt_BP, length_B, keys_B, gen_length, policy, mask_id, eos_id
     if mesh is None:
@@ -96,18 +99,23 @@ def generate(
     return run_on_shares(decode, params, config, mesh, *dynamic)
 
 
+def generate_for(
+    params: Params, batch_size: int, block_length: int, *, deterministic: bool = False
+) -> Callable[..., Generation]:
+    """`generate`, compiled in the way that is the fastest for this model and so many rows."""
+    few = 2 * batch_size * block_length <= OVERLAPPED_POSITIONS  # with more, XLA makes many of a layer's programs
+    slow = params.head.dtype == jnp.bfloat16  # with weights in 8 bits, the host is not far enough ahead
+    alone = len(params.embed.devices()) == 1  # kernels of several devices wait for each other: some runs never ended
+    return _compiled(has_hopper() and few and slow and alone, deterministic)
+
+
 @functools.cache
-def generate_for(batch_size: int, block_length: int, *, deterministic: bool = False) -> Callable[..., Generation]:
-    """`generate`, compiled in the way that is the fastest for so many rows."""
+def _compiled(overlap: bool, deterministic: bool) -> Callable[..., Generation]:
     options = compiler_options(deterministic)
-    if overlaps(batch_size, block_length):  # in a CUDA graph, no kernel starts before the one before it has ended
+    if overlap:  # in a CUDA graph, no kernel starts before the one before it has ended
         options["xla_gpu_enable_command_buffer"] = "FUSION,CUBLAS,CUBLASLT,CUDNN,DYNAMIC_SLICE_FUSION"
-    return jax.jit(generate.__wrapped__, static_argnames=STATIC, compiler_options=options) if options else generate
-
-
-def overlaps(batch_size: int, block_length: int) -> bool:
-    """Whether kernels start while those before them end: the gain where nearly all programs of a layer are kernels."""
-    return has_hopper() and 2 * batch_size * block_length <= OVERLAPPED_POSITIONS
+    function = functools.partial(generate.__wrapped__, overlap=overlap)
+    return jax.jit(function, static_argnames=STATIC, compiler_options=options) if options else generate
 
 
 def decode_rows(
@@ -125,6 +133,7 @@ def decode_rows(
     trace: bool,
     count_experts: bool,
     on_blocks: BlockListener | None,
+    overlap: bool,
 ) -> Generation:
     """`generate` on one device, or on one of those that share the model."""
 
@@ -152,8 +161,7 @@ def decode_rows(
     if count_experts:
         sparse_layers = config.num_hidden_layers - config.first_k_dense_replace
         rows = rows.replace(active_experts=jnp.zeros(sparse_layers, jnp.int32))
-    starts_early = overlaps(prompt_BP.shape[0], geometry.block_length)
-    with overlapping() if starts_early else contextlib.nullcontext():
+    with overlapping() if overlap else contextlib.nullcontext():
         rows = jax.lax.while_loop(unfinished, refine_until_one_leaves, rows)
     return Generation(rows.tokens_BT, rows.end_B, rows.forwards_B, rows.trace, rows.active_experts)
 

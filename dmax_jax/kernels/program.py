@@ -30,6 +30,10 @@ def overlapping() -> Iterator[None]:
         _overlapping.reset(token)
 
 
+def is_overlapping() -> bool:
+    return _overlapping.get()
+
+
 def kernel(*settings: str):
     """Decorates a function around a kernel: with the same settings and shapes it is lowered and compiled once.
 
@@ -42,7 +46,7 @@ def kernel(*settings: str):
 
         @functools.wraps(function)
         def call(*arguments, **named):
-            return compiled(*arguments, **named, overlap=_overlapping.get() and not named.get("interpret"))
+            return compiled(*arguments, **named, overlap=is_overlapping() and not named.get("interpret"))
 
         call.clear_cache = compiled.clear_cache
         return call

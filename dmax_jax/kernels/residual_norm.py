@@ -16,8 +16,7 @@ from dmax_jax.kernels.layers import rms_norm
 from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 from dmax_jax.kernels.row_digits import BASE, LARGEST, Digits, in_digits
 
-MAX_ROWS = 4096  # more are prefills and trainings, of which XLA's programs are a smaller part
-EXCHANGED_ROWS = 128  # of which devices may tell each other
+MAX_ROWS = 128
 AT_ONCE = 4  # neighbouring entries that a thread loads
 WIDTH = 128 * AT_ONCE  # entries that a warpgroup loads
 
@@ -58,7 +57,7 @@ def add_and_norm_over(
     What a device has is summed first, and the sums, of the dtype of `x`, after that. It has no gradient.
     """
     rows = x.size // x.shape[-1]
-    if inbox is None or rows > EXCHANGED_ROWS or not suits(x.dtype, rows, x.shape[-1]):
+    if inbox is None or not suits(x.dtype, rows, x.shape[-1]):
         whole = lax.psum(joined_parts(parts, x.dtype), axis)
         return add_and_norm(x, whole[None], weight, eps, digits=digits)
     x_MD = x.reshape(rows, -1)

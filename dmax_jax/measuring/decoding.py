@@ -142,7 +142,7 @@ def compile_decoding(
         "count_experts": count_experts,
         "mesh": mesh_of(params.embed),
     }
-    compiled = generate_for(B, W).lower(*arguments, gen_length=np.int32(W), **dynamic, **static).compile()
+    compiled = generate_for(params, B, W).lower(*arguments, gen_length=np.int32(W), **dynamic, **static).compile()
     return lambda blocks: compiled(*arguments, gen_length=np.int32(W * blocks), **dynamic)
 
 

@@ -19,7 +19,7 @@ from dmax_jax.kernels.device_sums import Inbox, open_inbox
 from dmax_jax.kernels.hopper import is_hopper
 from dmax_jax.kernels.projection import project_rows
 from dmax_jax.kernels.quantised_weight import Weight
-from dmax_jax.kernels.residual_norm import EXCHANGED_ROWS, add_and_norm, add_and_norm_over
+from dmax_jax.kernels.residual_norm import MAX_ROWS, add_and_norm, add_and_norm_over
 from dmax_jax.kernels.residual_norm import suits as can_norm
 from dmax_jax.kernels.row_digits import Digits
 from dmax_jax.model.params import Attention, Params, param_shardings
@@ -122,6 +122,6 @@ def _own_share(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig
     layers = tuple(layer.replace(attention=own_heads(layer.attention)) for layer in params.layers)
     # An address means something to devices of one process alone.
     exchanges = is_hopper() and jax.process_count() == 1
-    exchanges = exchanges and can_norm(params.embed.dtype, EXCHANGED_ROWS, config.hidden_size)
-    inbox = open_inbox(AXIS, EXCHANGED_ROWS, config.hidden_size) if exchanges else None
+    exchanges = exchanges and can_norm(params.embed.dtype, MAX_ROWS, config.hidden_size)
+    inbox = open_inbox(AXIS, MAX_ROWS, config.hidden_size) if exchanges else None
     return params.replace(layers=layers, inbox=inbox), own

@@ -208,12 +208,19 @@ def test_a_block_gets_no_more_forwards_than_allowed_and_no_mask_stays(params, na
     assert [answer.token_ids for answer in unlimited] == [answer.token_ids for answer in answers]
 
 
-@pytest.mark.parametrize(("rows", "early"), [(2, True), (3, False)])
-def test_kernels_of_few_positions_stay_out_of_graphs(monkeypatch, rows, early):
+@pytest.mark.parametrize(
+    ("rows", "dtype", "devices", "early"),
+    [(2, "bfloat16", 1, True), (3, "bfloat16", 1, False), (2, "float32", 1, False), (2, "bfloat16", 2, False)],
+)
+def test_when_kernels_start_early_and_stay_out_of_graphs(params, monkeypatch, rows, dtype, devices, early):
     asked = []
-    monkeypatch.setattr(jax, "jit", lambda function, **options: asked.append(options) or function)
+    monkeypatch.setattr(jax, "jit", lambda function, **settings: asked.append((function, settings)) or function)
     monkeypatch.setattr(generate_module, "has_hopper", lambda: True)
-    generate_for.__wrapped__(rows, 32, deterministic=True)
-    options = asked[-1]["compiler_options"]
+    generate_module._compiled.cache_clear()
+    placed = param_shardings(SMALL, make_mesh(parse_mesh(f"tensor:{devices}")), DECODE)
+    generate_for(jax.device_put(cast_params(params, dtype), placed), rows, 32, deterministic=True)
+    generate_module._compiled.cache_clear()
+    function, options = asked[-1][0], asked[-1][1]["compiler_options"]
     assert options["xla_gpu_deterministic_ops"]
+    assert function.keywords["overlap"] == early
     assert ("CUSTOM_CALL" not in options.get("xla_gpu_enable_command_buffer", "CUSTOM_CALL")) == early

@@ -13,7 +13,7 @@ from dmax_jax.decoding.prediction import predict
 from dmax_jax.kernels import hopper
 from dmax_jax.kernels.device_sums import Inbox
 from dmax_jax.kernels.expert_choice import choose_by_counting, choose_by_ranks
-from dmax_jax.kernels.residual_norm import EXCHANGED_ROWS, add_and_norm_over
+from dmax_jax.kernels.residual_norm import MAX_ROWS, add_and_norm_over
 from dmax_jax.model import shares as module
 from dmax_jax.model.masks import block_causal_mask
 from dmax_jax.model.shares import AXIS, run_on_shares, shares
@@ -71,7 +71,7 @@ def test_every_sum_over_shares_has_the_inbox_of_the_device(monkeypatch):
     arguments = random_params(SMALL), SMALL, mesh_of_parts(2), TOKENS_BT, jax.random.split(jax.random.key(1), 2)
     jax.jit(functools.partial(run_on_shares, run), static_argnums=(1, 2)).lower(*arguments)
     assert len(sums) == 2 * SMALL.num_hidden_layers
-    assert all(inbox.words.shape == (EXCHANGED_ROWS,) for inbox in sums)
+    assert all(inbox.words.shape == (MAX_ROWS,) for inbox in sums)
 
 
 def test_kernels_run_where_a_device_works_by_itself(monkeypatch):
