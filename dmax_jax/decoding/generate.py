@@ -22,6 +22,7 @@ from dmax_jax.decoding.spd import embed_softly, spd_step
 from dmax_jax.determinism import compiler_options
 from dmax_jax.kernels.hopper import has_hopper
 from dmax_jax.kernels.program import overlapping
+from dmax_jax.kernels.projection import MAX_ROWS
 from dmax_jax.model.cache import TILE, empty_cache, write_cache
 from dmax_jax.model.masks import CachedBlocks, block_causal_mask
 from dmax_jax.model.params import Params
@@ -58,8 +59,7 @@ class Generation:
     active_experts: jax.Array | None  # per sparse layer: experts that a forward ran, summed over the forwards
 
 
-OVERLAPPED_POSITIONS = 128  # of a forward that also carries finished blocks; XLA makes more programs for more
-STATIC = ("geometry", "config", "trace", "count_experts", "on_blocks", "mesh")
+STATIC = ("geometry", "config", "trace", "count_experts", "on_blocks", "mesh", "overlap")
 BlockListener = Callable[[np.ndarray, np.ndarray, np.ndarray], None]  # left_B, start_B and tokens_BW of a forward
 
 
@@ -103,10 +103,11 @@ def generate_for(
     params: Params, batch_size: int, block_length: int, *, deterministic: bool = False
 ) -> Callable[..., Generation]:
     """`generate`, compiled in the way that is the fastest for this model and so many rows."""
-    few = 2 * batch_size * block_length <= OVERLAPPED_POSITIONS  # with more, XLA makes many of a layer's programs
-    slow = params.head.dtype == jnp.bfloat16  # with weights in 8 bits, the host is not far enough ahead
-    alone = len(params.embed.devices()) == 1  # kernels of several devices wait for each other: some runs never ended
-    return _compiled(has_hopper() and few and slow and alone, deterministic)
+    positions = 2 * batch_size * block_length  # of a forward that carries finished blocks, too
+    are_few = positions <= MAX_ROWS  # of more, XLA makes many of a layer's programs
+    is_bfloat16 = params.head.dtype == jnp.bfloat16  # in 8 bits, the host is not far enough ahead
+    is_alone = len(params.embed.devices()) == 1  # kernels of several devices wait for each other: some never ended
+    return _compiled(has_hopper() and are_few and is_bfloat16 and is_alone, deterministic)
 
 
 @functools.cache
@@ -114,8 +115,10 @@ def _compiled(overlap: bool, deterministic: bool) -> Callable[..., Generation]:
     options = compiler_options(deterministic)
     if overlap:  # in a CUDA graph, no kernel starts before the one before it has ended
         options["xla_gpu_enable_command_buffer"] = "FUSION,CUBLAS,CUBLASLT,CUDNN,DYNAMIC_SLICE_FUSION"
+    if not options:
+        return generate
     function = functools.partial(generate.__wrapped__, overlap=overlap)
-    return jax.jit(function, static_argnames=STATIC, compiler_options=options) if options else generate
+    return jax.jit(function, static_argnames=STATIC, compiler_options=options)
 
 
 def decode_rows(

@@ -133,7 +133,7 @@ def fused_decode_attention(
     ):  # fmt: skip
         row, group, part = lax.axis_index("row"), lax.axis_index("group"), lax.axis_index("part")
         head = lax.div(group * together, N // K)  # of keys and values
-        wait_for_earlier(overlap, let_next_start=False)
+        wait_for_earlier(overlap)
         limit, sees_back = seen[row], sees_previous[row]
         count = pl.cdiv(limit, ROWS)  # tiles of cached keys
         own = jnp.minimum(count, parts - 1)  # where the new keys' tile stands among them: as the first of a block

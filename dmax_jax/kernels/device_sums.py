@@ -19,7 +19,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, scf
 
 from dmax_jax.kernels.hopper import word_type
-from dmax_jax.kernels.program import kernel, wait_for_earlier
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 
 
 @struct.dataclass
@@ -55,6 +55,7 @@ def zeros(shape: tuple[int, ...], *, interpret=False, overlap=False) -> jax.Arra
 
     def body(out):
         wait_for_earlier(overlap)
+        start_next(overlap)
         out.at[lax.axis_index("row")][...] = jnp.zeros((width,), jnp.int32)
 
     out_type = jax.ShapeDtypeStruct((rows, width), jnp.int32)

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dmax_jax.kernels.hopper import ROWS, differentiated_as, filled_up, is_hopper, scatter
-from dmax_jax.kernels.program import kernel, wait_for_earlier
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 from dmax_jax.kernels.ranking import largest_pair_sum, ranks
 
 MAX_EXPERTS = 256  # of the kernel: a block of threads has a warpgroup for every 64
@@ -145,6 +145,7 @@ def choose_by_counting(
             at_C = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=by_row)
             bias_C = load((bias.at[row] if len(bias.shape) == 2 else bias).at[own], by_row)
             wait_for_earlier(overlap)
+            start_next(overlap)
             score_C = 1 / (1 + jnp.exp(-load(logits.at[row, own], by_row)))
             own_C = score_C + bias_C
             scatter(biased_s, (first + lax.div(at_C, N), lax.rem(at_C, N)), own_C, by_row)

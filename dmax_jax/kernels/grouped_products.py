@@ -27,7 +27,7 @@ from dmax_jax.kernels.expert_tiles import (
     write_hidden,
 )
 from dmax_jax.kernels.hopper import ROWS, Stream, shared_tile
-from dmax_jax.kernels.program import kernel, wait_for_earlier
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.row_groups import Tiles
 
@@ -50,6 +50,7 @@ def tile_hidden(
     def body(x, rows, matrices, tiles, weights, out, rows_s, weights_s, full, empty, exchanged):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         wait_for_earlier(overlap)
+        start_next(overlap)
         order = Order(tiles, T, shared_tiles, E)
         own = pl.cdiv(order.count * features - block, blocks)
         stream = Stream(full, empty, stages)
@@ -135,6 +136,8 @@ def tile_outputs(
 
     def body(hidden, down, tiles, out, rows_s, weights_s, full, empty, out_s):
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
+        wait_for_earlier(overlap)
+        start_next(overlap)
         order = Order(tiles, routed_tiles, count - routed_tiles, E)
         own = pl.cdiv(order.count * features - block, blocks)
         stream = Stream(full, empty, stages)
@@ -147,19 +150,14 @@ def tile_outputs(
         def _fetch():
             plgpu.set_max_registers(40, action="decrease")
 
-            def columns_of(step):
-                return pl.ds(lax.rem(step, steps) * depth, depth)
-
-            def load_weights(step, slot, barrier):
+            def load(step, slot, barrier):
+                columns = pl.ds(lax.rem(step, steps) * depth, depth)
                 for half in range(WARPGROUPS):
                     found, channels = place(lax.div(step, steps), half)
-                    found.fetch(down, channels, columns_of(step), weights_s.at[half, slot], barrier)
+                    found.fetch(down, channels, columns, weights_s.at[half, slot], barrier)
+                plgpu.copy_gmem_to_smem(hidden.at[found.stands, :, columns], rows_s.at[slot], barrier)
 
-            def load_rows(step, slot, barrier):
-                found, _ = place(lax.div(step, steps), 0)
-                plgpu.copy_gmem_to_smem(hidden.at[found.stands, :, columns_of(step)], rows_s.at[slot], barrier)
-
-            stream.fill(own * steps, load_rows, early=load_weights, wait=lambda: wait_for_earlier(overlap))
+            stream.fill(own * steps, load)
 
         @pl.when(warpgroup < WARPGROUPS)
         def _multiply():

@@ -84,18 +84,8 @@ class Stream:
     def __init__(self, full, empty, stages: int):
         self.full, self.empty, self.stages = full, empty, stages
 
-    def fill(self, steps, load, *, early=lambda step, slot, barrier: None, wait=lambda: None) -> None:
-        """Calls `load(step, slot, barrier)` for every step once its buffer is free, and waits for the last use.
-
-        It first calls `wait()`, and before that, for the first steps, `early(step, slot, barrier)`, which is called for
-        the others where `load` is.
-        """
-
-        @pl.loop(0, jnp.minimum(steps, self.stages))
-        def _fill_early(step):
-            early(step, step, self.full.at[step])
-
-        wait()
+    def fill(self, steps, load) -> None:
+        """Calls `load(step, slot, barrier)` for every step once its buffer is free, and waits for the last use."""
 
         @pl.loop(0, steps)
         def _fill(step):
@@ -104,7 +94,6 @@ class Stream:
             @pl.when(step >= self.stages)
             def _wait():
                 plgpu.barrier_wait(self.empty.at[slot])
-                early(step, slot, self.full.at[slot])
 
             load(step, slot, self.full.at[slot])
 

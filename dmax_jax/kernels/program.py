@@ -18,7 +18,7 @@ _overlapping = contextvars.ContextVar("overlapping", default=False)
 
 @contextlib.contextmanager
 def overlapping() -> Iterator[None]:
-    """Kernels that are traced within start before the program before them has ended.
+    """Kernels that are traced within, for one device, start before the program before them has ended.
 
     For a loop whose weights come from outside: what a program makes just before could be read too early. XLA must
     not put the kernels into CUDA graphs, where each of them waits for the one before.
@@ -54,21 +54,20 @@ def kernel(*settings: str):
     return decorate
 
 
-def wait_for_earlier(overlap: bool, *, let_next_start: bool = True) -> None:
-    """Within a kernel that starts early: waits until all programs before it have ended, then lets the next one start.
+def wait_for_earlier(overlap: bool) -> None:
+    """Within a kernel that starts early: waits until all programs before it have ended.
 
     Every block of threads has to, and every warpgroup that reads or writes global memory, before it does.
     """
     if overlap:
         plgpu.griddepcontrol_wait()
-    if let_next_start:
-        start_next(overlap)
 
 
 def start_next(overlap: bool) -> None:
-    """Lets the next program start: where that fetches weights at once, not before this one has got what it needs.
+    """Lets the next program start, once every block of threads has called this or ended.
 
-    Only after `wait_for_earlier`, by any warpgroup of a block, and by every block unless it ends.
+    Only after `wait_for_earlier`. A next program that fetches weights at once should start when this one has on its way
+    what it needs itself.
     """
     if overlap:
         plgpu.griddepcontrol_launch_dependents()

@@ -98,7 +98,7 @@ def norm_row(row, x, parts, weight, inbox, normal, total, digits, *, eps: float,
         return value.astype(dtype).astype(jnp.float32)
 
     weight_D = load(weight)
-    wait_for_earlier(overlap, let_next_start=False)
+    wait_for_earlier(overlap)
     sum_D = load(x.at[row])
     own = [] if parts is None else [load(parts.at[part, row]) for part in range(parts.shape[0])]
     start_next(overlap)
@@ -137,6 +137,8 @@ def fused_add_and_norm(
 ):
     """`add_and_norm` of few rows [M, D] on a Hopper GPU, or `add_and_norm_over`: a block of threads has a row."""
     (M, D), dtype = x_MD.shape, x_MD.dtype
+    if overlap and inbox is not None:
+        raise ValueError("kernels of several devices wait for each other and must not start early: some never ended")
 
     def body(*refs):
         norm_row(lax.axis_index("row"), *refs, eps=eps, overlap=overlap)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dmax_jax.kernels.active_experts import THREADS, WARP, sum_in_warp
 from dmax_jax.kernels.expert_choice import Choice
 from dmax_jax.kernels.hopper import scatter
-from dmax_jax.kernels.program import kernel, wait_for_earlier
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 
 AT_ONCE = 8  # times 128 rows that are counted together
 PARAMS = plgpu.CompilerParams(unsafe_no_auto_barriers=True)  # those around shared memory are written out
@@ -71,6 +71,7 @@ def count_rows(columns_EM, *, interpret=False, overlap=False) -> tuple[jax.Array
     def body(columns, ranks, counts, upto_s):
         expert = lax.axis_index("column")
         wait_for_earlier(overlap)
+        start_next(overlap)
 
         def count(step, before):
             starts = [(step * together + number) * THREADS for number in range(together)]
@@ -110,6 +111,7 @@ def place_rows(
     def body(x, weights, ranks, counts, rows, placed_weights, ids, upto, places, upto_s, list_s):
         row = lax.axis_index("row")
         wait_for_earlier(overlap)
+        start_next(overlap)
         own_row = jnp.minimum(row, M - 1)
         x_D = plgpu.load(x.at[own_row], layout=strided, optimized=False)  # all that it needs is on its way at once
         own_counts = [load(counts, pl.ds(start, THREADS)) for start in starts]

@@ -36,7 +36,7 @@ from dmax_jax.kernels.expert_tiles import (
     write_hidden,
 )
 from dmax_jax.kernels.hopper import ROWS, Stream, all_at_once, filled_up, multiprocessors, signal, wait_for
-from dmax_jax.kernels.program import kernel, wait_for_earlier
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 from dmax_jax.kernels.quantised_tiles import load_scale, scaled, values_of
 from dmax_jax.kernels.quantised_weight import QuantisedWeight
 from dmax_jax.kernels.row_digits import MOST_ROWS, Digits, in_digits, joined
@@ -124,6 +124,7 @@ def expert_sums(
         x, largest = (x.values, x.largest) if isinstance(x, Digits) else (x, None)
         warpgroup, block = lax.axis_index("warpgroup"), lax.axis_index("block")
         wait_for_earlier(overlap)
+        start_next(overlap)
         exchanged, listing = others[:-4], SharedList(WARPGROUPS, *others[-4:])
         pl.when(warpgroup < WARPGROUPS)(lambda: listing.make(weights))
         count, ids = listing.wait(), listing.ids

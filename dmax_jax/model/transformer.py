@@ -8,10 +8,9 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
-from dmax_jax.kernels.layers import rotary_angles, swiglu
-from dmax_jax.kernels.program import is_overlapping
-from dmax_jax.kernels.projection import project_rows
-from dmax_jax.kernels.quantised_weight import Weight, project_to_float32
+from dmax_jax.kernels.layers import rotary_angles
+from dmax_jax.kernels.projection import feed_forward
+from dmax_jax.kernels.quantised_weight import project_to_float32
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
 from dmax_jax.model.masks import CachedBlocks, Visible
@@ -74,14 +73,8 @@ def _layer(x_BTD, parts: jax.Array | None, layer: Layer, angles, visible, cached
         if is_sparse:
             parts, load_E = moe(normal_BTD, digits, layer.mlp, config)
         else:
-            function = swiglu_of_rows if is_overlapping() else swiglu
-            parts, load_E = function(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None], None
+            parts, load_E = feed_forward(normal_BTD, layer.mlp.gate, layer.mlp.up, layer.mlp.down)[None], None
         return x_BTD, parts, new, load_E
-
-
-def swiglu_of_rows(x: jax.Array, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> jax.Array:
-    """`swiglu` whose products start early; those that don't are XLA's, which are as fast."""
-    return project_rows(jax.nn.silu(project_rows(x, gate_FD)) * project_rows(x, up_FD), down_DF)
 
 
 def embed(params: Params, tokens: jax.Array) -> jax.Array:

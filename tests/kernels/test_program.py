@@ -1,19 +1,27 @@
-import contextlib
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from dmax_jax.decoding.generate import Geometry, generate
+from dmax_jax.decoding.policies import SpdPolicy
+from dmax_jax.decoding_flags import parse_mesh
+from dmax_jax.kernels import hopper
 from dmax_jax.kernels.decode_attention import fused_decode_attention
-from dmax_jax.kernels.device_sums import zeros
+from dmax_jax.kernels.device_sums import Inbox, zeros
 from dmax_jax.kernels.expert_choice import choice_of, choose_by_counting
 from dmax_jax.kernels.grouped_experts import grouped_experts
 from dmax_jax.kernels.program import overlapping
 from dmax_jax.kernels.projection import streamed_product
 from dmax_jax.kernels.residual_norm import fused_add_and_norm
 from dmax_jax.kernels.streamed_experts import streamed_experts
+from dmax_jax.measuring.weights import random_params
+from dmax_jax.sharding import make_mesh
 from tests.kernels.interpreter import needs_interpreter
+from tests.models import SMALL
 
 D, F, E = 512, 128, 256
 
@@ -53,29 +61,62 @@ CALLS = {
 }
 
 
+MEMORY = {"copy_gmem_to_smem", "copy_smem_to_gmem", "load", "get", "swap", "addupdate"}
+BEFORE = {"projection": 1, "norm": 1}  # loads that come before the wait: of weights
+START = {"griddepcontrol_wait", "griddepcontrol_launch_dependents"}
+
+
 def primitives(jaxpr):
+    """The names of what a kernel does, in order."""
     for equation in jaxpr.eqns:
         yield equation.primitive.name
         yield from (name for inner in jaxprs_in_params(equation.params) for name in primitives(inner))
 
 
-def kernels(jaxpr):
-    """What each of the kernels is made of."""
+def kernels(jaxpr, loops=0):
+    """How many loops each kernel is in, and what it does."""
     for equation in jaxpr.eqns:
         for inner in jaxprs_in_params(equation.params):
             if equation.primitive.name == "mpmd_map":
-                yield set(primitives(inner))
+                yield loops, list(primitives(inner))
             else:
-                yield from kernels(inner)
+                yield from kernels(inner, loops + (equation.primitive.name == "while"))
 
 
 @needs_interpreter
 @pytest.mark.parametrize("name", CALLS)
-def test_a_kernel_waits_for_earlier_programs_where_it_starts_early(name):
+def test_a_kernel_that_starts_early_waits_before_all_but_its_weights(name):
     count, call = CALLS[name]
-    early = {"griddepcontrol_wait", "griddepcontrol_launch_dependents"}
-    for context, expected in ((overlapping, early), (contextlib.nullcontext, set())):
-        with context():
-            found = list(kernels(jax.make_jaxpr(lambda: call())().jaxpr))
-        assert len(found) == count
-        assert all(early & names == expected for names in found)
+    with overlapping():
+        found = [names for _, names in kernels(jax.make_jaxpr(lambda: call())().jaxpr)]
+    assert len(found) == count
+    for names in found:
+        wait, start = names.index("griddepcontrol_wait"), names.index("griddepcontrol_launch_dependents")
+        assert wait < start
+        touched = sum(primitive in MEMORY for primitive in names[:wait])
+        assert touched == BEFORE.get(name, 0) or name == "choice"  # one of whose warpgroups has shared memory alone
+    assert not any(START & set(names) for _, names in kernels(jax.make_jaxpr(lambda: call())().jaxpr))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_kernels_of_the_decode_loop_start_early_and_no_others(monkeypatch, overlap):
+    monkeypatch.setattr(hopper, "has_hopper", lambda: True)
+    sizes = {"hidden_size": D, "head_dim": 128, "intermediate_size": F, "moe_intermediate_size": F, "num_experts": 64}
+    config = dataclasses.replace(SMALL, **sizes, n_group=8, topk_group=4, num_experts_per_tok=2)
+    mesh = make_mesh(parse_mesh("tensor:1"))
+    params = random_params(jax.random.key(0), config, jnp.bfloat16, mesh)
+    decode = functools.partial(
+        generate.__wrapped__, gen_length=32, geometry=Geometry(prefill=32, block_length=32, blocks=2),
+        policy=SpdPolicy(), config=config, mask_id=config.mask_token_id, eos_id=-1, mesh=mesh, overlap=overlap,
+    )  # fmt: skip
+    prompt = jnp.zeros((1, 64), jnp.int32), jnp.full(1, 40), jax.random.split(jax.random.key(0), 1)
+    found = list(kernels(jax.make_jaxpr(decode)(params, *prompt).jaxpr))
+    assert {loops for loops, _ in found} == {0, 1, 2}  # the prefill, a forward with a finished block, one without
+    assert all((set(names) >= START) == (overlap and loops > 0) for loops, names in found)
+
+
+def test_over_several_devices_no_norm_starts_early():
+    inbox = Inbox(jnp.zeros((2, 64, D), jnp.int32), jnp.zeros(32, jnp.int32), jnp.zeros((2, 2), jnp.int32))
+    with overlapping(), pytest.raises(ValueError, match="several devices"):
+        fused_add_and_norm(half(32, D), half(2, 32, D), half(D), inbox, eps=1e-6)
