@@ -91,8 +91,7 @@ def generate(
     those before them end (kernels/program.py), which must then be left out of CUDA graphs.
     """
     static = {"geometry": geometry, "trace": trace, "count_experts": count_experts, "on_blocks": on_blocks}
-    static["overlap"] = overlap
-    decode = functools.partial(decode_rows, **static)
+    decode = functools.partial(decode_rows, **static, overlap=overlap)
     dynamic = prompt_BP, length_B, keys_B, gen_length, policy, mask_id, eos_id
     if mesh is None:
         return decode(params, config, *dynamic)

@@ -18,8 +18,7 @@ from dmax_jax.kernels.hopper import (
     shared_tile,
     stages_that_fit,
 )
-from dmax_jax.kernels.layers import swiglu
-from dmax_jax.kernels.program import is_overlapping, kernel, start_next, wait_for_earlier
+from dmax_jax.kernels.program import kernel, start_next, wait_for_earlier
 from dmax_jax.kernels.quantised_tiles import multiply, values_of
 from dmax_jax.kernels.quantised_weight import KINDS, QuantisedWeight, Weight, project
 
@@ -42,13 +41,6 @@ def project_rows(
     x_MD, residual_MF = (None if a is None else a.reshape(rows, a.shape[-1]) for a in (x, residual))
     plain, streamed = (functools.partial(product, dtype=dtype) for product in (plain_product, streamed_product))
     return differentiated_as(plain)(streamed)(x_MD, weight, residual_MF).reshape(*x.shape[:-1], weight.shape[0])
-
-
-def feed_forward(x: jax.Array, gate_FD: Weight, up_FD: Weight, down_DF: Weight) -> jax.Array:
-    """`swiglu`, by kernels where these start early; XLA's products are as fast where they don't."""
-    if not is_overlapping():
-        return swiglu(x, gate_FD, up_FD, down_DF)
-    return project_rows(jax.nn.silu(project_rows(x, gate_FD)) * project_rows(x, up_FD), down_DF)
 
 
 def plain_product(x: jax.Array, weight: Weight, residual: jax.Array | None, *, dtype: jnp.dtype) -> jax.Array:

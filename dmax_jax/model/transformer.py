@@ -8,8 +8,7 @@ from flax import struct
 
 from dmax_jax.config import ModelConfig
 from dmax_jax.kernels.embedding import lookup
-from dmax_jax.kernels.layers import rotary_angles
-from dmax_jax.kernels.projection import feed_forward
+from dmax_jax.kernels.layers import feed_forward, rotary_angles
 from dmax_jax.kernels.quantised_weight import project_to_float32
 from dmax_jax.model.attention import attention
 from dmax_jax.model.cache import KVCache
